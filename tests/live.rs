@@ -393,6 +393,8 @@ states! {
     cgroup_namespace_of_all;
     network_namespace ["--tcp-established"];
     network_namespace_down;
+    network_namespace_of_a_child ["--tcp-established"];
+    network_namespaces ["--tcp-established"];
     network_devices;
     network_routes;
     network_settings;

@@ -644,7 +644,7 @@ impl TreeState {
 fn without_numbers(text: &str) -> String {
     let mut out = text.to_owned();
     // Files that never had a name are called after them.
-    for kind in ["pipe:[", "socket:[", "net:[", "uts:[", "inode=", "/#"] {
+    for kind in ["pipe:[", "socket:[", "net:[", "uts:[", "mnt:[", "inode=", "/#"] {
         if let Some(at) = out.find(kind) {
             let digits = at + kind.len();
             let end =

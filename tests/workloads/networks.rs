@@ -19,6 +19,8 @@ use crate::{
 pub const ROWS: &[Row] = &[
     ("network_namespace", network_namespace),
     ("network_namespace_down", network_namespace_down),
+    ("network_namespace_of_a_child", of_a_child),
+    ("network_namespaces", network_namespaces),
     ("network_devices", network_devices),
     ("network_routes", network_routes),
     ("network_settings", network_settings),
@@ -330,4 +332,112 @@ fn network_outside(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait();
     hears(b"after")?;
     same("the end outside", expected, shown()?)
+}
+
+/// Sockets of a process in its network namespace: a connection, and a datagram that waits. Processes in
+/// other namespaces have the same addresses.
+struct Sockets {
+    server: TcpStream,
+    client: TcpStream,
+    udp: UdpSocket,
+    name: &'static str,
+}
+
+impl Sockets {
+    fn open(name: &'static str) -> Result<Self, String> {
+        let failed = |error: std::io::Error| error.to_string();
+        let listener = TcpListener::bind("10.98.0.1:4811").map_err(failed)?;
+        let mut client = TcpStream::connect("10.98.0.1:4811").map_err(failed)?;
+        let (server, _) = listener.accept().map_err(failed)?;
+        let udp = UdpSocket::bind("10.98.0.1:4812").map_err(failed)?;
+        client.write_all(name.as_bytes()).map_err(failed)?;
+        udp.send_to(name.as_bytes(), "10.98.0.1:4812").map_err(failed)?;
+        Ok(Self { server, client, udp, name })
+    }
+
+    fn check(mut self) -> Verdict {
+        let failed = |error: std::io::Error| error.to_string();
+        let mut bytes = vec![0; self.name.len()];
+        self.server.read_exact(&mut bytes).map_err(failed)?;
+        same("bytes that waited", self.name.as_bytes(), bytes.as_slice())?;
+        self.client.write_all(b"after").map_err(failed)?;
+        let mut bytes = [0; 5];
+        self.server.read_exact(&mut bytes).map_err(failed)?;
+        same("bytes sent after", b"after", &bytes)?;
+        let mut bytes = [0; 64];
+        let (len, _) = self.udp.recv_from(&mut bytes).map_err(failed)?;
+        same("a datagram that waited", self.name.as_bytes(), &bytes[..len])?;
+        // The socket belongs to the namespace of the process.
+        self.udp.send_to(b"again", "10.98.0.1:4812").map_err(failed)?;
+        let (len, _) = self.udp.recv_from(&mut bytes).map_err(failed)?;
+        same("a datagram sent after", &b"again"[..], &bytes[..len])
+    }
+}
+
+const ADDRESS: &[&str] = &["link set lo up", "addr add 10.98.0.1/32 dev lo"];
+
+/// A tree in the network namespace of the machine, of which a part has one of its own.
+fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
+    let outside = UdpSocket::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
+    let address = outside.local_addr().map_err(|error| error.to_string())?;
+    let child = checkpoint.fork(|child| {
+        enter(ADDRESS)?;
+        let sockets = Sockets::open("child")?;
+        let before = seen()?;
+        child.wait();
+        same("the network", before, seen()?)?;
+        // It still has the socket of the other namespace.
+        outside.send_to(b"hello", address).map_err(|error| error.to_string())?;
+        sockets.check()
+    })?;
+    checkpoint.wait();
+    child.join()?;
+    let mut bytes = [0; 16];
+    let (len, _) = outside.recv_from(&mut bytes).map_err(|error| error.to_string())?;
+    same("a datagram of the child", &b"hello"[..], &bytes[..len])
+}
+
+/// A tree with three network namespaces, with the same addresses in two of them, and a mount of sysfs
+/// for each, as `ip netns exec` makes it.
+fn network_namespaces(checkpoint: &Checkpoint) -> Verdict {
+    enter(ADDRESS)?;
+    let roots = Sockets::open("root")?;
+    let before = seen()?;
+    let first = checkpoint.fork(|child| {
+        enter(ADDRESS)?;
+        ip("link add name bridge address 02:00:00:00:00:01 type bridge")?;
+        sys!(unshare(libc::CLONE_NEWNS))?;
+        let slave = libc::MS_SLAVE | libc::MS_REC;
+        sys!(mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), slave, std::ptr::null()))?;
+        let private = libc::MS_PRIVATE | libc::MS_REC;
+        sys!(mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), private, std::ptr::null()))?;
+        sys!(mount(c"s".as_ptr(), c"/sys".as_ptr(), c"sysfs".as_ptr(), 0, std::ptr::null()))?;
+        let sockets = Sockets::open("first")?;
+        let before = seen()?;
+        let devices = || {
+            let found = fs::read_dir("/sys/class/net").map_err(|error| error.to_string())?;
+            let names = found.flatten().map(|entry| entry.file_name());
+            let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+            names.sort();
+            Ok::<_, String>(names)
+        };
+        let here = devices()?;
+        child.wait();
+        same("the network of the first child", before, seen()?)?;
+        same("devices that sysfs shows", here, devices()?)?;
+        sockets.check()
+    })?;
+    let second = checkpoint.fork(|child| {
+        enter(&["link set lo up"])?;
+        let before = seen()?;
+        let netlink = sys!(socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE))?;
+        child.wait();
+        sys!(close(netlink))?;
+        same("the network of the second child", before, seen()?)
+    })?;
+    checkpoint.wait();
+    same("the network of the root", before, seen()?)?;
+    roots.check()?;
+    first.join()?;
+    second.join()
 }

@@ -41,7 +41,12 @@ mod watch;
 use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ffi::OsStr,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
     rc::Rc,
     sync::Arc,
 };
@@ -198,7 +203,25 @@ pub trait Intake {
 
     /// Returns the one in which the path of a file is looked up.
     fn root_of(&self, file: &Description) -> &Root {
-        self.roots().of_file(file.info.mnt_id, self.pids().ns(file.pid))
+        self.roots().root(self.place_of(file))
+    }
+
+    /// Returns the position among [`Self::roots`] of the one below which a file is.
+    fn place_of(&self, file: &Description) -> usize {
+        let path = Path::new(OsStr::from_bytes(&file.link));
+        let is_there = |root: &Root| {
+            let found =
+                if file.is_type(libc::S_IFLNK) { root.lstat(path) } else { root.stat(path) };
+            found.is_ok_and(|stat| {
+                (stat.st_dev, stat.st_ino) == (file.stat.st_dev, file.stat.st_ino)
+            })
+        };
+        self.roots().position_of_file(file.info.mnt_id, self.pids().ns(file.pid), is_there)
+    }
+
+    /// Returns the mount of a file as images name it.
+    fn mount_of(&self, file: &Description) -> Option<i32> {
+        self.roots().mount_at(self.place_of(file), file.info.mnt_id)
     }
 
     /// Returns the deleted files found so far, of all kinds. The file table writes them
@@ -401,7 +424,8 @@ impl Opened {
     /// Returns the root directory in which the paths of a description without a mount are looked up:
     /// that of a process which has it open.
     pub fn root_for(&self, id: u32) -> &Root {
-        self.holder(id).map_or(self.roots.home(), |holder| self.roots.of_process(holder.pid))
+        let holder = self.holder(id);
+        holder.map_or(self.roots.of_mount(None), |holder| self.roots.of_process(holder.pid))
     }
 
     /// Whether a description is open.

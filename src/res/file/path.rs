@@ -73,8 +73,7 @@ pub fn entry_with_id(
         pos: if descriptor::is_path(file.flags) { 0 } else { file.info.pos },
         fown: file.fown,
         mode: Some(file.stat.st_mode),
-        // Images of trees without a mount namespace of their own have no mounts.
-        mnt_id: (!intake.root_of(file).is_own()).then_some(file.info.mnt_id),
+        mnt_id: intake.mount_of(file),
         ..Default::default()
     };
     let external = format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino);

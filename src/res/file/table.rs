@@ -57,10 +57,10 @@ struct Known {
     next_id: u32,
     /// Descriptions by device and inode, sorted by `kcmp(2)`.
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
-    /// Files known by path, by device, inode and path.
-    paths: HashMap<(u64, u64, Vec<u8>), u32>,
-    /// Mapped files, by what `/proc/PID/maps` shows of them.
-    mapped: HashMap<(u32, u32, u64, Vec<u8>), u32>,
+    /// Files known by path, by mount namespace, device, inode and path.
+    paths: HashMap<(usize, u64, u64, Vec<u8>), u32>,
+    /// Mapped files, by the mount namespace of the process and what `/proc/PID/maps` shows of them.
+    mapped: HashMap<(usize, u32, u32, u64, Vec<u8>), u32>,
     /// Descriptions found inside other files and not collected yet.
     pending: Vec<Pending>,
     entries: Vec<proto::FileEntry>,
@@ -366,12 +366,17 @@ impl FileTable {
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
         let fd = OwnedFd::from(file);
         let stat = self.state.examine(&fd).map_err(|errno| failed(errno.into()))?;
-        let key = (stat.st_dev, stat.st_ino, link);
+        let info = || proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()));
+        let mut space = 0;
+        if self.state.roots.are_several() {
+            space = self.state.roots.position(info()?.mnt_id, self.state.pids.ns(pid));
+        }
+        let key = (space, stat.st_dev, stat.st_ino, link);
         if let Some(id) = self.state.paths.get(&key) {
             return Ok(*id);
         }
+        let info = info()?;
         let id = self.state.new_id();
-        let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
         let mut file = Description {
             id,
             fd,
@@ -379,7 +384,7 @@ impl FileTable {
             number: NO_DESCRIPTOR,
             stat,
             flags: 0,
-            link: key.2.clone(),
+            link: key.3.clone(),
             info,
             fown: proto::FownEntry::default(),
             network: None,
@@ -395,7 +400,8 @@ impl FileTable {
     /// several processes, so the answer is cached.
     pub fn enter_mapped(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
         let Mapping { dev_major, dev_minor, inode, .. } = *mapping;
-        let key = (dev_major, dev_minor, inode, mapping.name.clone());
+        let space = self.state.roots.position_of_process(self.state.pids.ns(pid));
+        let key = (space, dev_major, dev_minor, inode, mapping.name.clone());
         if let Some(id) = self.state.mapped.get(&key) {
             return Ok(*id);
         }

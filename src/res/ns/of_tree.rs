@@ -11,7 +11,7 @@ use crate::{
     inject::{Script, Task, living},
     proc,
     res::{ResError, Result},
-    sys::{namespace, root::Root},
+    sys::namespace,
     units::{HostPid, IdMap, PidMap},
 };
 
@@ -228,23 +228,21 @@ impl OfTree {
     pub fn roots(&self, tasks: &[Task], pids: &PidMap) -> Result<Roots> {
         let found: Vec<&Found> = self.of_kind(mnt::FILE).collect();
         let mut roots = Roots::default();
-        if found.first().is_some_and(|found| found.is_first) {
-            roots.set_home(found[0].pid)?;
+        match found.first() {
+            None => return Ok(roots),
+            Some(found) if found.is_first => {
+                roots.set_home(found.pid)?;
+                roots.add_to_home(mnt::ids(mnt::table(found.pid)?));
+            }
+            Some(_) => roots.add_to_home(mnt::ids(proc::mounts()?)),
         }
-        if found.iter().all(|found| found.is_first) {
-            return Ok(roots);
-        }
-        let ids = |mounts: Vec<proc::Mount>| mounts.into_iter().map(|mount| mount.id);
-        if !found[0].is_first {
-            roots.add(&Root::own(), ids(proc::mounts()?), []);
-        }
-        for found in found {
+        for found in found.into_iter().filter(|found| !found.is_first) {
             let is_in = |pid: &HostPid| {
                 proc::namespace(*pid, mnt::FILE).is_ok_and(|inode| inode == found.inode)
             };
             let processes = living(tasks).map(Task::witness).filter(is_in);
             let processes = processes.map(|pid| pids.ns(pid));
-            roots.add(&mnt::root_of(found.pid)?, ids(mnt::table(found.pid)?), processes);
+            roots.add(&mnt::root_of(found.pid)?, mnt::ids(mnt::table(found.pid)?), processes);
         }
         Ok(roots)
     }

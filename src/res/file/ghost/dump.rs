@@ -233,7 +233,7 @@ pub(in crate::res::file) fn link(
     let entry = proto::RegFileEntry {
         id: link_id,
         name: path.as_os_str().as_bytes().to_vec(),
-        mnt_id: (!root.is_own()).then_some(file.info.mnt_id),
+        mnt_id: intake.mount_of(file),
         ..Default::default()
     };
     let deleted = intake.deleted_files();

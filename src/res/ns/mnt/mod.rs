@@ -225,7 +225,7 @@ impl Restoring for Mounts {
     }
 }
 
-pub(super) use survey::table;
+pub(super) use survey::{ids, table};
 
 /// Returns the root directory in which paths of a process are looked up: that of its mount namespace.
 ///

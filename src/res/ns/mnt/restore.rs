@@ -216,6 +216,11 @@ impl Plan {
         on.enter(FILE, self.home.number)
     }
 
+    /// Whether there are namespaces that the first process is not in.
+    fn has_others(&self) -> bool {
+        self.spaces.iter().any(|space| !space.is_home)
+    }
+
     /// Adds the root directories of the namespaces that the first process is not in.
     pub(super) fn add_roots(&self, roots: &mut Roots, processes: &dyn Fn(u32) -> Vec<NsPid>) {
         for (at, space) in self.spaces.iter().enumerate() {
@@ -234,7 +239,7 @@ impl Plan {
         let mut outside = HashMap::new();
         let mut space = None;
         for (at, mount) in self.mounts.iter().enumerate() {
-            if self.spaces.len() > 1 && space != Some(mount.space) {
+            if self.has_others() && space != Some(mount.space) {
                 // File systems of the kernel show the namespaces of who mounts them.
                 on.enter_those_of(&self.spaces[mount.space].member.ids, FILE)?;
                 space = Some(mount.space);
@@ -336,10 +341,8 @@ impl Plan {
         let mut space = None;
         let mut propagate = |at: usize, propagation: u64| {
             let of_mount = self.mounts[at].space;
-            if self.spaces.len() > 1 || !self.spaces[of_mount].is_home {
-                if space != Some(of_mount) {
-                    on.enter(FILE, self.spaces[of_mount].member.number)?;
-                }
+            if self.has_others() && space != Some(of_mount) {
+                on.enter(FILE, self.spaces[of_mount].member.number)?;
                 space = Some(of_mount);
             }
             let attributes = MountAttributes { propagation, ..MountAttributes::default() };

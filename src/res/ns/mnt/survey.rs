@@ -91,6 +91,14 @@ pub(in crate::res::ns) fn table(pid: HostPid) -> Result<Vec<Mount>> {
     Ok(proc::mounts_in(&read().map_err(failed)?)?)
 }
 
+/// Returns the numbers of the mounts of a namespace, that of the root first.
+pub(in crate::res::ns) fn ids(mounts: Vec<Mount>) -> impl Iterator<Item = i32> {
+    let known: HashSet<i32> = mounts.iter().map(|mount| mount.id).collect();
+    let is_root = |mount: &Mount| !known.contains(&mount.parent) || mount.parent == mount.id;
+    let (roots, rest): (Vec<_>, Vec<_>) = mounts.into_iter().partition(is_root);
+    roots.into_iter().chain(rest).map(|mount| mount.id)
+}
+
 /// Orders mounts: the root first, each after the one on which it is mounted. Leaves out those that
 /// the user does not want.
 fn ordered(pid: HostPid, mounts: Vec<Mount>, options: &Options) -> Result<Vec<Mount>> {

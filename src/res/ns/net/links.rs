@@ -175,15 +175,21 @@ impl Link {
             let what = format!("has the network device {name} of kind {kind}, which is not kept");
             (what, "remove it for the dump, or dump with --external net[INODE]:NAME")
         } else if self.lower_namespace.is_some() && outside::other_end(here, self).is_none() {
-            let what = format!(
-                "has the network device {name} of kind {kind}, which is connected to another network \
-                 namespace"
-            );
-            (what, "remove it for the dump, or dump with --external net[INODE]:NAME")
+            return Err(self.connected(pid));
         } else {
             return Ok(());
         };
         Err(ResError::Refused { pid, what, help })
+    }
+
+    /// Returns the refusal of a device that is connected to a namespace outside of the images.
+    pub(super) fn connected(&self, pid: HostPid) -> ResError {
+        let (name, kind) = (shown(&self.name), shown(&self.kind));
+        let what = format!(
+            "has the network device {name} of kind {kind}, which is connected to another network namespace"
+        );
+        let help = "remove it for the dump, or dump with --external net[INODE]:NAME";
+        ResError::Refused { pid, what, help }
     }
 
     fn nd_type(&self) -> NdType {

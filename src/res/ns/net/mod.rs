@@ -64,6 +64,30 @@ impl Namespace for Net {
         kept.try_for_each(|link| link.check(pid, &here))
     }
 
+    /// Refuses also devices that connect namespaces of the tree: by their numbers alone, the other end
+    /// could be taken for a device of the machine.
+    fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
+        all.iter().try_for_each(|of| self.check(of))?;
+        if all.len() < 2 || all[0].options.network.is_empty {
+            return Ok(());
+        }
+        let list = |of: &Dumped<'_>| {
+            let _visit = enter(of.pid)?;
+            links::list().map_err(failed("list the devices of", of.pid))
+        };
+        let links = all.iter().map(list).collect::<Result<Vec<_>>>()?;
+        for (at, of) in all.iter().enumerate() {
+            let others = links.iter().enumerate().filter(|(other, _)| *other != at);
+            let mut others = others.map(|(_, links)| links.as_slice());
+            others.try_for_each(|others| {
+                let connected =
+                    links[at].iter().find(|link| outside::other_end(others, link).is_some());
+                connected.map_or(Ok(()), |link| Err(link.connected(of.pid)))
+            })?;
+        }
+        Ok(())
+    }
+
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
         let Dumped { pid, number, options, .. } = *of;
         if let Some(name) = external(pid, &options.network)? {
