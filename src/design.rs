@@ -160,6 +160,12 @@
 //! known. If the tree does not run on, write-back starts while the images are written; if
 //! it does, they are first copied, because that is what the tree waits for.
 //!
+//! A thread in a frozen cgroup can be seized, but makes no call. So a dump first interrupts all threads
+//! in the frozen cgroup, in those below it and in the frozen ones above, and then thaws these: each thread
+//! stops before it executes an instruction of its own. The dump freezes the cgroups again while the
+//! threads are still stopped, and then lets them go. Its supervisor knows the cgroups, and
+//! freezes them if the dump is killed. A restore freezes them when all processes are ready to run.
+//!
 //! # No trace
 //!
 //! A dump changes nothing in its target, neither its state nor its costs:

@@ -227,10 +227,211 @@ fn privileged_a_frozen_cgroup_is_named() {
         });
         let output = live.try_restore(&["--manage-cgroups=none"]);
         let said = words(&output);
-        assert!(!output.status.success() && said.contains("is frozen\n  help: thaw it"), "{said}");
+        assert!(
+            !output.status.success() && said.contains("is frozen\n  help: thaw it (echo"),
+            "{said}"
+        );
         group.write(file, thawed);
         live.restore(&[]);
         live.verdict();
+    }
+}
+
+/// A version of cgroups that freezes: its controller, the file, and the words that freeze and thaw.
+type Freezer = (&'static str, &'static str, [&'static str; 2]);
+
+const FREEZERS: [Freezer; 2] =
+    [("freezer", "freezer.state", ["FROZEN", "THAWED"]), ("", "cgroup.freeze", ["1", "0"])];
+
+/// A frozen group with a workload, and one above it with a process that is not of the tree.
+struct Cold {
+    live: Live,
+    other: std::process::Child,
+    /// The tree's, and the one above.
+    groups: [Group; 2],
+    freezer: Freezer,
+}
+
+impl Cold {
+    fn new(freezer: Freezer, name: &str) -> Option<Self> {
+        let mut live = Live::workload("tree");
+        let above = Group::new(freezer.0, name)?;
+        let own = above.below("own");
+        for pid in live.tree() {
+            own.write("cgroup.procs", &pid.to_string());
+        }
+        // It writes as long as it runs.
+        let lines = fs::File::create(live.path("lines")).unwrap();
+        let loops = ["-c", "while :; do echo; read -t 0.001 a <> <(:); done"];
+        let other = std::process::Command::new("bash").args(loops).stdout(lines).spawn().unwrap();
+        above.write("cgroup.procs", &other.id().to_string());
+        Some(Self { live, other, groups: [own, above], freezer })
+    }
+
+    /// Freezes the tree's group, or the one above.
+    fn freeze(&self, which: usize) {
+        self.groups[which].write(self.freezer.1, self.freezer.2[0]);
+        self.wait_frozen(which);
+    }
+
+    fn thaw(&self, which: usize) {
+        self.groups[which].write(self.freezer.1, self.freezer.2[1]);
+    }
+
+    fn is_frozen(&self, which: usize) -> bool {
+        let text = fs::read_to_string(self.groups[which].0.join(match self.freezer.0 {
+            "" => "cgroup.events",
+            _ => "freezer.state",
+        }));
+        text.unwrap().lines().any(|line| line == "frozen 1" || line == "FROZEN")
+    }
+
+    fn wait_frozen(&self, which: usize) {
+        wait_for("the frozen group", || self.is_frozen(which));
+    }
+
+    fn lines(&self) -> u64 {
+        fs::metadata(self.live.path("lines")).unwrap().len()
+    }
+
+    /// Nobody traces the processes, and the one that is not of the tree has not run.
+    fn assert_cold(&mut self, which: usize, lines: u64) {
+        self.wait_frozen(which);
+        let mut pids = self.live.tree();
+        pids.push(self.other.id().cast_signed());
+        for pid in pids {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            assert!(status.contains("TracerPid:\t0\n"), "{pid}: {status}");
+        }
+        assert_eq!(self.lines(), lines, "the other process has run");
+    }
+
+    /// After it is thawed, the other process runs.
+    fn assert_warm(&self, lines: u64) {
+        wait_for("the other process", || self.lines() > lines);
+    }
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        for which in [0, 1] {
+            let _ = fs::write(self.groups[which].0.join(self.freezer.1), self.freezer.2[1]);
+        }
+        self.other.kill().unwrap();
+        self.other.wait().unwrap();
+    }
+}
+
+/// A dump thaws the cgroup for a moment in which only the tree runs, and only for rcriu.
+#[test]
+fn privileged_a_frozen_tree_is_dumped_and_stays_frozen() {
+    require(Cap::Ptrace);
+    for (freezer, which) in FREEZERS.into_iter().flat_map(|of| [(of, 0), (of, 1)]) {
+        let Some(mut cold) = Cold::new(freezer, "stays") else { continue };
+        cold.freeze(1);
+        if which == 0 {
+            // The one above as well, at first.
+            cold.freeze(0);
+            cold.thaw(1);
+            cold.wait_frozen(0);
+            cold.assert_warm(cold.lines());
+        }
+        let lines = cold.lines();
+        cold.live.dump_running(&[]);
+        cold.wait_frozen(which);
+        if which == 1 {
+            cold.assert_cold(1, lines);
+        }
+        assert!(cold.live.try_run("pre-dump", &[]).status.success());
+        for (fault, killed) in [("dump-frozen", false), ("dump-injected", false)] {
+            cold.live.fault = Some(fault.to_owned());
+            assert_ne!(cold.live.try_dump(&[]).status.success(), !killed);
+            cold.wait_frozen(which);
+        }
+        if which == 1 {
+            cold.assert_cold(1, lines);
+        }
+        cold.live.fault = None;
+        cold.thaw(which);
+        cold.assert_warm(lines);
+        cold.live.verdict();
+        cold.live.wait_gone();
+    }
+}
+
+/// The supervisor freezes the cgroup again, and says that it was thawed.
+#[test]
+fn privileged_a_killed_dump_leaves_a_frozen_tree_frozen() {
+    require(Cap::Ptrace);
+    for freezer in FREEZERS {
+        for fault in ["dump-frozen:kill", "dump-injected:kill", "dump-files:kill"] {
+            let Some(mut cold) = Cold::new(freezer, "killed") else { continue };
+            cold.freeze(1);
+            cold.live.fault = Some(fault.to_owned());
+            let said = words(&cold.live.try_dump(&[]));
+            assert!(said.contains("was killed by SIGKILL"), "{said}");
+            assert!(said.contains("ran for a moment"), "{said}");
+            cold.assert_cold(1, cold.lines());
+            cold.thaw(1);
+            cold.live.verdict();
+            cold.live.wait_gone();
+        }
+    }
+}
+
+/// The cgroup stays frozen when the tree is gone; or it is gone as well.
+#[test]
+fn privileged_a_tree_that_was_frozen_is_restored_frozen() {
+    require(Cap::Ptrace);
+    for (freezer, mode) in FREEZERS.into_iter().flat_map(|of| [(of, "none"), (of, "soft")]) {
+        let Some(mut cold) = Cold::new(freezer, "restored") else { continue };
+        let pids = cold.live.tree().len();
+        cold.freeze(0);
+        let lines = cold.lines();
+        cold.live.dump(&[]);
+        assert!(cold.groups[0].procs().is_empty());
+        if mode == "soft" {
+            fs::remove_dir(&cold.groups[0].0).unwrap();
+        } else {
+            // A restore that fails leaves it frozen.
+            let state = |cold: &Cold| value(&cold.groups[0].0, cold.freezer.1);
+            let before = state(&cold);
+            cold.live.fault = Some("restore-last".to_owned());
+            assert!(!cold.live.try_restore(&[]).status.success());
+            cold.live.fault = None;
+            assert_eq!(state(&cold), before);
+            assert_eq!(before, cold.freezer.2[0]);
+        }
+        cold.live.restore(&[&format!("--manage-cgroups={mode}")]);
+        cold.wait_frozen(0);
+        assert!(!cold.is_frozen(1));
+        assert_eq!(cold.groups[0].procs().len(), pids);
+        cold.assert_warm(lines);
+        // It does not run: it would give its verdict.
+        fs::write(cold.live.path("status.go"), "").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(fs::read_to_string(cold.live.path("status")).unwrap(), "ready\n");
+        cold.thaw(0);
+        cold.live.verdict();
+        cold.live.wait_gone();
+    }
+}
+
+/// A process that came meanwhile would be frozen with the tree.
+#[test]
+fn privileged_other_processes_are_not_frozen_with_a_restored_tree() {
+    require(Cap::Ptrace);
+    for freezer in FREEZERS {
+        let Some(mut cold) = Cold::new(freezer, "shared") else { continue };
+        cold.freeze(0);
+        cold.live.dump(&[]);
+        cold.thaw(0);
+        cold.groups[0].write("cgroup.procs", &cold.other.id().to_string());
+        let said = words(&cold.live.try_restore(&[]));
+        assert!(said.contains(&format!("another process ({})", cold.other.id())), "{said}");
+        cold.live.restore(&["--manage-cgroups=ignore"]);
+        cold.live.verdict();
+        cold.live.wait_gone();
     }
 }
 

@@ -8,7 +8,7 @@ mod common;
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Output, Stdio},
 };
 
@@ -37,20 +37,6 @@ fn refused(live: &mut Live, options: &[&str], words: &[&str]) {
         assert!(text.contains(words), "no {words:?} in: {text}");
     }
     before.assert_untouched(live, "a dump that was refused");
-}
-
-fn sleeper() -> Live {
-    asleep(Live::program("sleep", &["1000"], directory()))
-}
-
-/// Waits until a program has become `sleep`, and that sleeps.
-fn asleep(live: Live) -> Live {
-    wait_for("a process that sleeps", || {
-        let path = format!("/proc/{}", live.root);
-        let name = fs::read_to_string(format!("{path}/comm")).unwrap_or_default();
-        name.trim() == "sleep" && state_of(live.root.as_raw()) == Some('S')
-    });
-    live
 }
 
 fn tracer_of(pid: Pid) -> i32 {
@@ -96,69 +82,6 @@ fn privileged_a_vfork_is_waited_for() {
     fs::write(live.path("go"), "").unwrap();
     assert!(dump.wait().unwrap().success());
     wait_for("the end of the call", || live.path("done").exists());
-}
-
-/// A cgroup, thawed and removed at the end.
-struct Group(PathBuf, &'static str, &'static str);
-
-impl Group {
-    fn freeze(&self, word: &str) {
-        fs::write(self.0.join(self.1), word).unwrap();
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let _ = fs::write(self.0.join(self.1), self.2);
-        let remove = || fs::remove_dir(self.0.join("below")).is_ok();
-        let begin = std::time::Instant::now();
-        while !remove() && begin.elapsed() < PATIENCE {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
-/// The words of a version of cgroups: file system, its option, file, to freeze, to thaw.
-type Freezer = (&'static str, &'static str, &'static str, &'static str, &'static str);
-
-fn frozen((fs_type, option, file, freeze, thaw): Freezer) {
-    require(Cap::Ptrace);
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let top = mounts.lines().find_map(|line| {
-        let words: Vec<_> = line.split(' ').collect();
-        let has = option.is_empty() || words[3].split(',').any(|word| word == option);
-        (words[2] == fs_type && has).then(|| words[1].to_owned())
-    });
-    let Some(top) = top else { skip("cgroups that can be frozen") };
-    let path = Path::new(&top).join(format!("rcriu-odd-{}-{fs_type}", std::process::id()));
-    let group = Group(path, file, thaw);
-    let below = group.0.join("below");
-    fs::create_dir_all(&below).unwrap();
-    // Gone before its cgroup is.
-    let mut live = sleeper();
-    fs::write(below.join("cgroup.procs"), live.root.to_string()).unwrap();
-    group.freeze(freeze);
-    let way = format!("echo {thaw} > {}", group.0.join(file).display());
-    let output = live.try_dump(&["-R"]);
-    let text = said(&output);
-    assert!(!output.status.success(), "it was dumped: {text}");
-    let named = format!("in the cgroup {}, which is frozen", group.0.display());
-    assert!(text.contains(&named) && text.contains(&way), "{text}");
-    assert_eq!(tracer_of(live.root), 0);
-    group.freeze(thaw);
-    live.dump_running(&["--manage-cgroups=ignore"]);
-    live.kill();
-}
-
-#[test]
-fn privileged_a_frozen_cgroup_is_named() {
-    frozen(("cgroup2", "", "cgroup.freeze", "1", "0"));
-}
-
-#[test]
-fn privileged_a_frozen_cgroup_of_version_1_is_named() {
-    frozen(("cgroup", "freezer", "freezer.state", "FROZEN", "THAWED"));
 }
 
 /// A program for 32 bits: an ELF header, one segment, and `pause()` again and again.

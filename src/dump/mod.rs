@@ -334,7 +334,10 @@ fn dump_stopped(
     for task in living(&frozen.tasks) {
         files.add_listeners(task.witness())?;
     }
-    let common = common::collectors(&frozen.tasks, &pids, common)?;
+    let frozen_cgroups = frozen.cgroups();
+    let of_tree =
+        common::Dumped { tasks: &frozen.tasks, pids: &pids, frozen_cgroups: &frozen_cgroups };
+    let common = common::collectors(&of_tree, common)?;
     let of_tree = (pids, arenas, own_namespaces);
     let mut collection = Collection::new(images, of_tree, files, tracking, common, &frozen.tasks);
     collection.namespaces(&frozen.tasks, namespaces)?;

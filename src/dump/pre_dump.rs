@@ -62,7 +62,9 @@ pub(super) fn run(
     mut tracking: Tracking,
     mut stats: Stats,
 ) -> Result<()> {
-    let common = common::collectors(&frozen.tasks, pids, common_options)?;
+    let frozen_cgroups = frozen.cgroups();
+    let of_tree = common::Dumped { tasks: &frozen.tasks, pids, frozen_cgroups: &frozen_cgroups };
+    let common = common::collectors(&of_tree, common_options)?;
     let mut found = Found { memories: Vec::new(), objects: BTreeMap::new(), common };
     let tasks = frozen.tasks.iter_mut().enumerate();
     for (position, task) in tasks.filter(|(_, task)| !task.is_zombie()) {

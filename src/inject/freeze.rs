@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -11,7 +12,11 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{InjectError, Result, Tracee, await_ends, hold, tracee};
+use super::{
+    Freezable, InjectError, Result, Tracee, await_ends,
+    cgroup::{all_frozen, frozen_above},
+    hold, tracee,
+};
 use crate::{
     arch::native,
     causes::with_sources,
@@ -116,12 +121,30 @@ pub struct Frozen {
     deadline: Instant,
     /// Sets of cgroups known not to be frozen.
     cgroups: BTreeSet<Vec<Cgroup>>,
+    /// Cgroups that were frozen, and are so again when the tree is released.
+    thawed: Vec<Freezable>,
+    /// Threads of these cgroups that are about to stop.
+    stopping: BTreeSet<HostPid>,
+    /// Threads of these cgroups that are stopped and do not belong to the tree.
+    others: Vec<HostPid>,
 }
 
 impl Frozen {
     fn new(timeout: Duration) -> Self {
         let deadline = Instant::now() + timeout;
-        Self { tasks: Vec::new(), deadline, cgroups: BTreeSet::new() }
+        Self {
+            tasks: Vec::new(),
+            deadline,
+            cgroups: BTreeSet::new(),
+            thawed: Vec::new(),
+            stopping: BTreeSet::new(),
+            others: Vec::new(),
+        }
+    }
+
+    /// Returns the directories of the cgroups that were frozen.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        self.thawed.iter().map(|group| group.directory().to_owned()).collect()
     }
 
     /// Stops a process and all its descendants within `timeout`.
@@ -152,6 +175,7 @@ impl Frozen {
                 complete &= proc::children(task.pid)?.iter().all(|child| known.contains(child));
             }
             if complete {
+                frozen.stop_others()?;
                 fault::hit(Point::DumpFrozen)?;
                 return Ok(frozen);
             }
@@ -170,7 +194,7 @@ impl Frozen {
         if let Ok(cgroups) = proc::cgroups(pid)
             && !self.cgroups.contains(&cgroups)
         {
-            hold::check_frozen(pid, &cgroups)?;
+            self.thaw(pid, &cgroups)?;
             self.cgroups.insert(cgroups);
         }
         let threads = self.stop_threads(pid)?;
@@ -184,8 +208,84 @@ impl Frozen {
         Ok(())
     }
 
+    /// Thaws the frozen cgroups that a process is in, in such a way that no thread in them runs on.
+    fn thaw(&mut self, pid: HostPid, cgroups: &[Cgroup]) -> Result<()> {
+        let found = frozen_above(cgroups);
+        let Some(first) = found.first() else { return Ok(()) };
+        let own = HostPid::own();
+        for tid in found.iter().flat_map(Freezable::threads).filter(|tid| *tid != own) {
+            if self.stopping.contains(&tid) || self.is_stopped(tid) {
+                continue;
+            }
+            match seize(tid) {
+                Ok(()) => drop(self.stopping.insert(tid)),
+                Err(_) if is_dead(tid, tid) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let frozen = all_frozen(&found);
+        let mut all = self.thawed.clone();
+        all.extend(frozen.iter().cloned());
+        // If this program is killed, its supervisor freezes them again.
+        if !supervise::note_frozen(&all.iter().map(Freezable::order).collect::<Vec<_>>()) {
+            return Err(hold::frozen(pid, first));
+        }
+        for group in &frozen {
+            log::debug!("{pid}: thaws {} for the dump", group.directory().display());
+            self.thawed.push(group.clone());
+            group.thaw().map_err(|_| hold::frozen(pid, group))?;
+        }
+        Ok(())
+    }
+
+    fn is_stopped(&self, tid: HostPid) -> bool {
+        self.tasks.iter().flat_map(|task| &task.threads).any(|thread| thread.tid == tid)
+    }
+
+    /// Waits for the threads that do not belong to the tree, but are in a cgroup that was frozen.
+    fn stop_others(&mut self) -> Result<()> {
+        for tid in std::mem::take(&mut self.stopping) {
+            match self.await_stop(tid, tid) {
+                Ok(_) => self.others.push(tid),
+                Err(_) if is_dead(tid, tid) => {}
+                Err(error) => {
+                    let _ = ptrace::detach(tid, 0);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Freezes the cgroups that were frozen. All threads in them are still stopped.
+    fn freeze_again(&mut self) {
+        if self.thawed.is_empty() {
+            return;
+        }
+        for thread in self.tasks.iter_mut().flat_map(|task| &mut task.threads) {
+            // `Tracee::release` reports a failure.
+            let _ = thread.put_back();
+        }
+        for group in self.thawed.drain(..).rev() {
+            if let Err(error) = group.freeze() {
+                let path = group.directory().display();
+                log::error!("{path}: cannot freeze the cgroup again: {error}");
+            }
+        }
+        let _ = supervise::note_frozen(&[]);
+        for tid in std::mem::take(&mut self.stopping) {
+            // It may not have stopped, so ignore errors.
+            let _ = ptrace::detach(tid, 0);
+        }
+        for tid in self.others.drain(..) {
+            if let Err(error) = ptrace::detach(tid, 0) {
+                log::warn!("{tid}: detach from a thread that is not of the tree: {error}");
+            }
+        }
+    }
+
     /// Stops all threads of a process; returns none for a zombie.
-    fn stop_threads(&self, pid: HostPid) -> Result<Vec<Tracee>> {
+    fn stop_threads(&mut self, pid: HostPid) -> Result<Vec<Tracee>> {
         let mut stopped: Vec<Tracee> = Vec::new();
         for _ in 0..ROUNDS {
             let result = self.stop_new_threads(pid, &mut stopped);
@@ -193,17 +293,19 @@ impl Frozen {
                 Ok(true) => {}
                 Ok(false) => return Ok(stopped),
                 Err(error) => {
+                    self.freeze_again();
                     release_all(stopped);
                     return Err(error);
                 }
             }
         }
+        self.freeze_again();
         release_all(stopped);
         Err(InjectError::Restless { root: pid })
     }
 
     /// Stops the threads that are not stopped yet; returns whether there were any.
-    fn stop_new_threads(&self, pid: HostPid, stopped: &mut Vec<Tracee>) -> Result<bool> {
+    fn stop_new_threads(&mut self, pid: HostPid, stopped: &mut Vec<Tracee>) -> Result<bool> {
         let tids = match proc::threads(pid) {
             Ok(tids) => tids,
             Err(error) if error.is_vanished() => return Ok(false),
@@ -216,6 +318,10 @@ impl Frozen {
             // finds rings by their descriptors.
             let known = stopped.iter().any(|thread| thread.tid == tid);
             if known || (tid != pid && is_io_worker(pid, tid)) {
+                continue;
+            }
+            if self.stopping.remove(&tid) {
+                pending.push(tid);
                 continue;
             }
             match seize(tid) {
@@ -300,8 +406,7 @@ impl Frozen {
             Outcome::Kill => Some(Signal::SIGKILL),
         };
         let mut result = Ok(());
-        let tasks = std::mem::take(&mut self.tasks);
-        for task in living(&tasks) {
+        for task in living(&self.tasks) {
             if let Some(signal) = signal
                 && let Err(source) = kill(Pid::from_raw(task.pid.0), signal)
             {
@@ -309,10 +414,17 @@ impl Frozen {
                 result = Err(InjectError::Trace { tid: task.pid, step, source });
             }
         }
+        // A frozen process does not die before it is thawed.
+        if outcome != Outcome::Kill {
+            self.freeze_again();
+        }
+        let tasks = std::mem::take(&mut self.tasks);
         // Children first, so that a resumed parent finds them as they were.
         let threads = tasks.into_iter().rev().flat_map(|task| task.threads.into_iter().rev());
         if outcome == Outcome::Kill {
-            return await_ends(threads.map(|thread| thread.tid)).and(result);
+            let ended = await_ends(threads.map(|thread| thread.tid));
+            self.freeze_again();
+            return ended.and(result);
         }
         for thread in threads {
             let released = thread.release();

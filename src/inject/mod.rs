@@ -1,6 +1,7 @@
 //! Injects lists of system calls, called scripts, into other processes.
 
 mod birth;
+mod cgroup;
 mod child;
 mod error;
 mod freeze;
@@ -16,6 +17,7 @@ mod tests;
 mod tracee;
 
 pub use birth::Wanted;
+pub use cgroup::Freezable;
 pub use child::{adopt_sleeper, await_end, await_ends, await_stop};
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task, living};

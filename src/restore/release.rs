@@ -183,6 +183,7 @@ impl Puppets<'_> {
                 go_on.push(position);
             }
         }
+        plan.common.iter().for_each(|kind| kind.about_to_run());
         go_on.into_iter().try_for_each(|position| self.let_go(position))
     }
 

@@ -2,8 +2,13 @@
 #![expect(unsafe_code, reason = "fork")]
 
 use std::{
-    io, process,
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
+    ffi::OsStr,
+    fs,
+    io::{self, Write},
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+    process,
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering},
 };
 
 use nix::{
@@ -21,7 +26,7 @@ use super::{cancel, loan, process::fork_alone};
 use crate::units::{HostPid, RemoteAddr};
 
 /// State that worker and supervisor share in memory.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Ledger {
     /// The process that has scratch memory; 0 if none has.
     pid: AtomicU64,
@@ -37,7 +42,17 @@ struct Ledger {
     doomed: AtomicBool,
     /// The halves of the number of the dump for which packets are dropped, or 0.
     packets: [AtomicU64; 2],
+    /// The number of bytes in `frozen`.
+    frozen_bytes: AtomicU64,
+    /// Files and what to write there, each ended by a zero byte.
+    frozen: Orders,
 }
+
+/// The most bytes that say which cgroups to freeze.
+const ORDER_BYTES: usize = 16 << 10;
+
+#[derive(Debug)]
+struct Orders([AtomicU8; ORDER_BYTES]);
 
 /// The ledger; null before [`split`].
 static LEDGER: AtomicPtr<Ledger> = AtomicPtr::new(std::ptr::null_mut());
@@ -133,6 +148,27 @@ pub fn note_packets(dump: &str) {
             half.store(u64::try_from(bits).expect("64 bits"), Ordering::Release);
         }
     }
+}
+
+/// Tells the supervisor which cgroups have to be frozen again: files, and what to write there. The
+/// supervisor does so if the worker is killed. Returns whether it could be told. Later lists begin as
+/// earlier ones, or are empty.
+#[must_use]
+pub fn note_frozen(orders: &[(PathBuf, &str)]) -> bool {
+    let Some(ledger) = ledger() else { return true };
+    let mut bytes = Vec::new();
+    for (path, text) in orders {
+        bytes.extend([path.as_os_str().as_bytes(), b"\0", text.as_bytes(), b"\0"].concat());
+    }
+    if bytes.len() > ORDER_BYTES {
+        return false;
+    }
+    // Orders are only added at the end, so that those of before hold meanwhile.
+    for (place, byte) in ledger.frozen.0.iter().zip(&bytes) {
+        place.store(*byte, Ordering::Relaxed);
+    }
+    ledger.frozen_bytes.store(bytes.len() as u64, Ordering::Release);
+    true
 }
 
 /// The remains of a killed worker's work on sockets.
@@ -268,6 +304,23 @@ impl Supervisor {
     /// Whether the tree was killed together with the worker.
     pub fn has_doomed(&self) -> bool {
         ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
+    }
+
+    /// Freezes the cgroups again that a killed worker has thawed. Returns their files, with the
+    /// outcome.
+    pub fn freeze_again(&self) -> Vec<(PathBuf, io::Result<()>)> {
+        let Some(ledger) = ledger() else { return Vec::new() };
+        let len = usize::try_from(ledger.frozen_bytes.load(Ordering::Acquire)).unwrap_or(0);
+        let bytes = ledger.frozen.0.iter().take(len).map(|byte| byte.load(Ordering::Relaxed));
+        let bytes: Vec<u8> = bytes.collect();
+        let words: Vec<&[u8]> = bytes.split(|byte| *byte == 0).collect();
+        let freeze = |order: &[&[u8]]| {
+            let path = PathBuf::from(OsStr::from_bytes(order[0]));
+            let file = fs::OpenOptions::new().write(true).open(&path);
+            let done = file.and_then(|mut file| file.write_all(order[1]));
+            (path, done)
+        };
+        words.chunks_exact(2).rev().map(freeze).collect()
     }
 
     /// Returns the remains of a killed worker, if it was at work on sockets.

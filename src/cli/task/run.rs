@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     action::Client,
+    causes::tell,
     cli::{answer, check_features, dedup, exit, report},
     dump, fault,
     image::{Directory, ImageWriter, Kind},
@@ -33,7 +34,7 @@ use crate::{
     restore,
     sys::{
         output::{self, Existing},
-        supervise::{self, Ended, Side},
+        supervise::{self, Ended, Side, Supervisor},
     },
     units::HostPid,
 };
@@ -167,6 +168,22 @@ fn close(args: &TaskArgs) {
     }
 }
 
+/// Freezes the cgroups again that a killed worker has thawed for the dump.
+fn freeze_again(supervisor: &Supervisor) {
+    for (file, done) in supervisor.freeze_again() {
+        let message = match done {
+            Ok(()) => {
+                let path = file.display();
+                format!(
+                    "the processes of a frozen cgroup ran for a moment, until {path} froze it again"
+                )
+            }
+            Err(error) => format!("{}: freeze the cgroup again: {error}", file.display()),
+        };
+        tell(log::Level::Warn, &message);
+    }
+}
+
 /// Does the work in a process of its own, and returns the exit code.
 fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
     let supervisor = match supervise::split().context("start a process that does the work")? {
@@ -180,13 +197,17 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
             let what = format!("the process that does the work was killed by {signal}");
             fault::disarm();
             if supervisor.has_doomed() {
+                freeze_again(&supervisor);
                 bail!("{what}; the snapshot is complete, and the tree has ended");
             }
             file::return_terminal_bytes();
             if let Some(left) = supervisor.leftover_repairs() {
                 file::end_repairs(root, &left);
             }
-            match supervisor.leftover().map(inject::repair) {
+            let repaired = supervisor.leftover().map(inject::repair);
+            // Only now: no thread comes home while it is frozen.
+            freeze_again(&supervisor);
+            match repaired {
                 None => bail!("{what}; the tree runs on unchanged"),
                 Some(Ok(Repair::Nothing(_))) => {
                     bail!("{what}; its threads run on unchanged")

@@ -147,7 +147,7 @@ pub(super) const ROWS: &[Row] = &[
     harmless("deprecated", ALL, "no feature needs it"),
     // Cgroups
     built("manage-cgroups", BOTH),
-    harmless("freeze-cgroup", DUMPS, "ptrace stops the tree; a cgroup that is frozen is named"),
+    harmless("freeze-cgroup", DUMPS, "ptrace stops the tree, also a tree that is frozen already"),
     built("cgroup-root", BOTH),
     refused("cgroup-props", BOTH, CGROUPS),
     refused("cgroup-props-file", BOTH, CGROUPS),

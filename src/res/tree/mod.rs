@@ -12,7 +12,7 @@ mod stops;
 mod sysv;
 mod undo;
 
-use std::fs::File;
+use std::{fs::File, path::PathBuf};
 
 use super::{
     Result,
@@ -55,8 +55,19 @@ pub struct RestoreOptions {
 /// Refuses a stopped tree.
 type Check = fn(&[Task], &DumpOptions) -> Result<()>;
 
+/// A tree that is stopped to be dumped.
+#[derive(Clone, Copy, Debug)]
+pub struct Dumped<'a> {
+    /// Its processes, parents before children.
+    pub tasks: &'a [Task],
+    /// Their numbers.
+    pub pids: &'a PidMap,
+    /// The directories of its cgroups that were frozen.
+    pub frozen_cgroups: &'a [PathBuf],
+}
+
 /// Begins to dump one kind.
-type Beginner = fn(&[Task], &PidMap, &DumpOptions) -> Begun<dyn Collector>;
+type Beginner = fn(&Dumped<'_>, &DumpOptions) -> Begun<dyn Collector>;
 
 /// A kind that has begun a dump or a restore.
 pub type Begun<T> = Result<Box<T>>;
@@ -88,33 +99,33 @@ pub const KINDS: &[Kind] = &[
     Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
     Kind {
-        collector: Some(|_, _, options| processor::collector(options.processor)),
+        collector: Some(|_, options| processor::collector(options.processor)),
         restorer: Some(|plan, options| processor::restorer(plan, options.processor)),
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, _, options| cgroup::collector(tasks, &options.cgroups)),
+        collector: Some(|of, options| cgroup::collector(of, &options.cgroups)),
         describe: Some(cgroup::describe),
         restorer: Some(|plan, options| cgroup::restorer(plan, &options.cgroups)),
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, pids, _| sysv::collector(tasks, pids.ids())),
+        collector: Some(|of, _| sysv::collector(of.tasks, of.pids.ids())),
         restorer: Some(|plan, _| sysv::restorer(plan)),
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, pids, _| stops::collector(tasks, pids)),
+        collector: Some(|of, _| stops::collector(of.tasks, of.pids)),
         restorer: Some(|_, _| stops::restorer()),
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, _, _| undo::collector(tasks)),
+        collector: Some(|of, _| undo::collector(of.tasks)),
         restorer: Some(|_, _| undo::restorer()),
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, _, _| seccomp::collector(tasks)),
+        collector: Some(|of, _| seccomp::collector(of.tasks)),
         restorer: Some(|plan, _| seccomp::restorer(plan)),
         ..NONE
     },
@@ -197,13 +208,9 @@ pub fn describe(inventory: &mut InventoryEntry) {
 }
 
 /// Begins to dump all kinds of a stopped tree.
-pub fn collectors(
-    tasks: &[Task],
-    pids: &PidMap,
-    options: &DumpOptions,
-) -> Result<Vec<Box<dyn Collector>>> {
+pub fn collectors(of: &Dumped<'_>, options: &DumpOptions) -> Result<Vec<Box<dyn Collector>>> {
     let collectors = KINDS.iter().filter_map(|kind| kind.collector);
-    collectors.map(|begin| begin(tasks, pids, options)).collect()
+    collectors.map(|begin| begin(of, options)).collect()
 }
 
 /// The part of the snapshot that the kinds read first.
@@ -264,6 +271,9 @@ pub trait Restorer: std::fmt::Debug {
     fn finish(&self) -> Result<()> {
         Ok(())
     }
+
+    /// The next step lets the processes run; those that stay stopped have been let go.
+    fn about_to_run(&self) {}
 
     /// Keeps what was made: the restore has succeeded.
     fn keep(&self) {}

@@ -1,10 +1,13 @@
 //! Dumps the cgroups that belong to a tree: their places, owners and properties.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::{Options, Set, properties};
 use crate::{
-    image::proto::{CgControllerEntry, CgroupDirEntry},
+    image::proto::{CgControllerEntry, CgroupDirEntry, CgroupPropEntry},
     proc,
 };
 
@@ -16,8 +19,12 @@ const DEEPEST: usize = 64;
 ///
 /// A cgroup belongs to the tree if a thread of the tree is in it, or in one above it; but not the
 /// root of a hierarchy, nor a cgroup that the dumper is in or below. The cgroups below that of the
-/// root process belong to the tree, too.
-pub(super) fn controllers(known: &[Set], options: &Options) -> Vec<CgControllerEntry> {
+/// root process belong to the tree, too. `frozen` are the cgroups that were frozen.
+pub(super) fn controllers(
+    known: &[Set],
+    options: &Options,
+    frozen: &[PathBuf],
+) -> Vec<CgControllerEntry> {
     let mounts = proc::mounts().unwrap_or_default();
     let (dumper, others) = known.split_first().expect("the dumper's own");
     let all = dumper.keys().filter(|name| options.dumps(name));
@@ -43,8 +50,15 @@ pub(super) fn controllers(known: &[Set], options: &Options) -> Vec<CgControllerE
             .into_iter()
             .map(|path| {
                 let place = proc::cgroup_directory(name, path, &mounts).ok();
-                let name = path.strip_prefix(b"/").unwrap_or(path);
-                directory(name, place.as_deref(), DEEPEST, &mut left)
+                let short = path.strip_prefix(b"/").unwrap_or(path);
+                let mut head = directory(short, place.as_deref(), DEEPEST, (&mut left, frozen));
+                // One that a cgroup above has frozen, which is not the tree's.
+                let is_above = |of: &PathBuf| place.as_ref().is_some_and(|it| it.starts_with(of));
+                head.rcriu_frozen = frozen.iter().any(is_above).then_some(true);
+                if !name.is_empty() {
+                    tell_criu(&mut head);
+                }
+                head
             })
             .collect();
         if left == 0 {
@@ -68,18 +82,36 @@ pub(super) fn is_below(path: &[u8], above: &[u8]) -> bool {
         || path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
 }
 
+/// Adds the property by which CRIU, in version 1, freezes a cgroup again.
+fn tell_criu(entry: &mut CgroupDirEntry) {
+    if entry.rcriu_frozen == Some(true) {
+        entry.properties.push(CgroupPropEntry {
+            name: b"freezer.state".to_vec(),
+            value: b"FROZEN".to_vec(),
+            perms: None,
+        });
+    }
+    entry.children.iter_mut().for_each(tell_criu);
+}
+
 fn has_threaded(directory: &CgroupDirEntry) -> bool {
-    let is_it = |property: &crate::image::proto::CgroupPropEntry| {
+    let is_it = |property: &CgroupPropEntry| {
         property.name == b"cgroup.type" && property.value == b"threaded"
     };
     directory.properties.iter().any(is_it) || directory.children.iter().any(has_threaded)
 }
 
 /// Returns a cgroup with those below it. `place` is its directory, if its hierarchy is mounted.
-fn directory(name: &[u8], place: Option<&Path>, depth: usize, left: &mut usize) -> CgroupDirEntry {
+fn directory(
+    name: &[u8],
+    place: Option<&Path>,
+    depth: usize,
+    (left, frozen): (&mut usize, &[PathBuf]),
+) -> CgroupDirEntry {
     *left = left.saturating_sub(1);
     let mut entry = CgroupDirEntry { dir_name: name.to_vec(), ..Default::default() };
     let Some(place) = place else { return entry };
+    entry.rcriu_frozen = frozen.iter().any(|of| of == place).then_some(true);
     entry.properties = properties::read(place);
     entry.dir_perms = properties::permissions(place);
     let Ok(below) = fs::read_dir(place) else { return entry };
@@ -94,7 +126,7 @@ fn directory(name: &[u8], place: Option<&Path>, depth: usize, left: &mut usize) 
             break;
         }
         let bytes = std::os::unix::ffi::OsStrExt::as_bytes(&*name);
-        entry.children.push(directory(bytes, Some(&place.join(&name)), depth - 1, left));
+        entry.children.push(directory(bytes, Some(&place.join(&name)), depth - 1, (left, frozen)));
     }
     entry
 }

@@ -183,7 +183,7 @@ fn set(place: &Path, entry: &CgroupDirEntry, when: When) -> Result<(), CgroupErr
 }
 
 /// Returns the directory that a cgroup has or will have.
-fn place(name: &[u8], path: &[u8], mounts: &[Mount]) -> Result<PathBuf, CgroupError> {
+pub(super) fn place(name: &[u8], path: &[u8], mounts: &[Mount]) -> Result<PathBuf, CgroupError> {
     let text = String::from_utf8_lossy(path);
     let absent = |problem: &str| CgroupError::Absent {
         path: text.clone().into_owned(),

@@ -5,6 +5,7 @@
 //! tree with their properties; what the restore does with them is the user's choice ([`Mode`]).
 
 mod collect;
+mod freezing;
 mod make;
 mod properties;
 
@@ -15,13 +16,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use freezing::Freezing;
 use make::Made;
 use properties::When;
 
-use super::{Begun, Collector, Plan, Restorer};
+use super::{Begun, Collector, Dumped, Plan, Restorer};
 use crate::{
     image::{self, Kind, SnapshotWriter, proto},
-    inject::{Task, living},
+    inject::{Freezable, Task, living},
     proc::{self, NoCgroup},
     res::{
         ResError, Result,
@@ -52,7 +54,7 @@ pub enum CgroupError {
     },
     /// The group is frozen: a process put there would stop at once.
     #[error(
-        "the tree was in the cgroup {path} of {hierarchy}, which is frozen\nhelp: thaw it (write {thaw}), \
+        "the tree was in the cgroup {path} of {hierarchy}, which is frozen\nhelp: thaw it ({thaw}), \
          or restore with --manage-cgroups=ignore"
     )]
     Frozen {
@@ -60,8 +62,20 @@ pub enum CgroupError {
         path: String,
         /// The hierarchy's name.
         hierarchy: String,
-        /// The command that thaws it: the value to write, and the file.
+        /// The command that thaws it.
         thaw: String,
+    },
+    /// The group was frozen, and freezing it now would freeze others.
+    #[error(
+        "the tree was in the frozen cgroup {path}, which now has another process ({pid})\nhelp: move that \
+         out of it, or restore with --cgroup-root, or with --manage-cgroups=ignore, which does not \
+         freeze the tree", path = .path.display()
+    )]
+    Shared {
+        /// Its directory.
+        path: PathBuf,
+        /// A process or thread in it.
+        pid: HostPid,
     },
     /// A group exists, and must not.
     #[error(
@@ -192,16 +206,17 @@ fn own() -> Result<Set> {
 }
 
 /// Starts with the dumper's own set, or with none if the user ignores cgroups.
-pub(super) fn collector(tasks: &[Task], options: &Options) -> Begun<dyn Collector> {
+pub(super) fn collector(of: &Dumped<'_>, options: &Options) -> Begun<dyn Collector> {
     let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
-    let first = living(tasks).next().map(Task::witness);
+    let first = living(of.tasks).next().map(Task::witness);
     let own = first.filter(|pid| proc::is_in_other_namespace(*pid, "cgroup"));
     let mut roots = BTreeMap::new();
     if let Some(pid) = own {
         let found = roots_of(pid)?.into_iter();
         roots = found.filter_map(|(name, root)| Some((name, root.ok()?))).collect();
     }
-    Ok(Box::new(Sets { known, roots, options: options.clone() }))
+    let frozen = of.frozen_cgroups.to_vec();
+    Ok(Box::new(Sets { known, roots, frozen, options: options.clone() }))
 }
 
 /// Makes or finds the groups of the tree.
@@ -218,9 +233,13 @@ pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer
     let cores = plan.processes.iter().flatten().map(|(_, core)| *core);
     let wanted: Vec<u32> = cores.filter_map(set_of).collect();
     make::move_roots(&mut entry, options, wanted.first().copied());
-    let made = Made::make(&entry, options, &proc::mounts()?)?;
+    let mounts = proc::mounts()?;
+    let mut freezing = Freezing::of(&entry, &mounts)?;
+    freezing.thaw()?;
+    let made = Made::make(&entry, options, &mounts)?;
     let mut places = Places::find(&entry, plan.inventory.root_cg_set, wanted.iter().copied())?;
     *places.made.get_mut() = made;
+    *places.freezing.get_mut() = freezing;
     if let Some(set) = entry.sets.iter().find(|set| Some(&set.id) == wanted.first()) {
         plan.namespaces.set_root_cgroups(&roots(set)?);
     }
@@ -256,6 +275,8 @@ struct Sets {
     known: Vec<Set>,
     /// The roots of the tree's own cgroup namespace.
     roots: Set,
+    /// The directories of groups that were frozen.
+    frozen: Vec<PathBuf>,
     options: Options,
 }
 
@@ -302,7 +323,7 @@ impl Collector for Sets {
                 })
                 .collect(),
         });
-        let controllers = collect::controllers(&self.known, &self.options);
+        let controllers = collect::controllers(&self.known, &self.options, &self.frozen);
         let entry = proto::CgroupEntry { sets: sets.collect(), controllers };
         images.write(Kind::Cgroup, 0, &[entry])
     }
@@ -323,6 +344,8 @@ struct Places {
     directories: BTreeMap<(Vec<u8>, Vec<u8>), PathBuf>,
     /// The groups that the restore has made, or whose properties it sets.
     made: RefCell<Made>,
+    /// The groups to freeze when the tree is in them.
+    freezing: RefCell<Freezing>,
     /// Whether a process has moved.
     placed: Cell<bool>,
 }
@@ -378,6 +401,10 @@ impl Restorer for Places {
     /// Sets the properties that would have been in the way.
     fn finish(&self) -> Result<()> {
         Ok(self.made.borrow().set(When::Full)?)
+    }
+
+    fn about_to_run(&self) {
+        self.freezing.borrow_mut().freeze();
     }
 
     fn keep(&self) {
@@ -452,24 +479,16 @@ fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf
 
 /// Checks that neither a group nor a group above it is frozen.
 fn check_thawed(name: &[u8], path: &[u8], directory: &Path) -> Result<(), CgroupError> {
-    let says = |file: &Path, words: &[&[u8]]| {
-        fs::read(file).is_ok_and(|text| words.contains(&text.trim_ascii()))
-    };
-    for above in directory.ancestors() {
-        let (file, frozen, thaw): (_, &[&[u8]], _) = if name.is_empty() {
-            (above.join("cgroup.freeze"), &[b"1"], "0")
-        } else {
-            (above.join("freezer.state"), &[b"FROZEN", b"FREEZING"], "THAWED")
-        };
-        if says(&file, frozen) {
-            return Err(CgroupError::Frozen {
-                path: String::from_utf8_lossy(path).into_owned(),
-                hierarchy: hierarchy(name),
-                thaw: format!("{thaw} to {}", file.display()),
-            });
-        }
+    let above = directory.ancestors().map(Path::to_owned);
+    let mut groups = above.filter_map(|directory| Freezable::new(name, directory));
+    match groups.find(Freezable::is_frozen) {
+        None => Ok(()),
+        Some(group) => Err(CgroupError::Frozen {
+            path: String::from_utf8_lossy(path).into_owned(),
+            hierarchy: hierarchy(name),
+            thaw: group.how_to_thaw(),
+        }),
     }
-    Ok(())
 }
 
 impl From<CgroupError> for ResError {

@@ -56,7 +56,7 @@ const fn early(name: &'static str, default: &'static str) -> Property {
 /// No limit, in memory cgroups of version 1.
 const UNLIMITED: &str = "9223372036854771712";
 
-/// Properties that a restore does not set: it moves processes itself, and the tree is not frozen.
+/// Properties that are not set here: a restore moves processes, and freezes the tree at its end.
 const UNSET: [&str; 5] =
     ["cgroup.procs", "cgroup.threads", "tasks", "cgroup.freeze", "freezer.state"];
 
