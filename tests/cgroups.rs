@@ -592,6 +592,85 @@ fn privileged_only_groups_of_the_tree_are_recorded() {
     live.verdict();
 }
 
+fn recorded(live: &Live, controller: &str) -> Vec<String> {
+    let images = read_all::<proto::CgroupEntry>(&live.images().join("cgroup.img"), Kind::Cgroup);
+    let images = images.unwrap();
+    let of = |entry: &&proto::CgControllerEntry| entry.cnames == [controller.as_bytes().to_vec()];
+    let found = images[0].controllers.iter().find(of).unwrap();
+    let names = found.dirs[0].properties.iter();
+    names.map(|of| String::from_utf8_lossy(&of.name).into_owned()).collect()
+}
+
+/// The user leaves out properties, or names others; a restore sets of the others those that it is told.
+#[test]
+fn privileged_the_user_chooses_properties() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("private_anon");
+    let Some(group) = Group::new("pids", "chosen") else { return };
+    group.write("pids.max", "77");
+    group.write("notify_on_release", "1");
+    group.write("cgroup.procs", &live.root.to_string());
+    let rule = |strategy: &str, names: &str| {
+        format!("\"pids\":\n - \"strategy\": \"{strategy}\"\n - \"properties\": [{names}]\n")
+    };
+    live.dump_running(&["--cgroup-props", &rule("merge", "\"pids.current\"")]);
+    assert_eq!(recorded(&live, "pids"), ["notify_on_release", "pids.max", "pids.current"]);
+    let file = live.path("rules");
+    fs::write(&file, rule("replace", "\"pids.events\"")).unwrap();
+    live.dump_running(&["--cgroup-props-file", file.to_str().unwrap()]);
+    assert_eq!(recorded(&live, "pids"), ["notify_on_release", "pids.events"]);
+    live.dump(&["--cgroup-props", &rule("merge", "\"pids.current\"")]);
+    fs::remove_dir(&group.0).unwrap();
+    let unset = live.try_restore(&["--manage-cgroups", "--cgroup-props", &rule("replace", "")]);
+    assert!(unset.status.success(), "{}", words(&unset));
+    assert!(words(&unset).contains("pids.current"), "{}", words(&unset));
+    assert_eq!(
+        (value(&group.0, "pids.max"), value(&group.0, "notify_on_release")),
+        ("max".into(), "1".into())
+    );
+    live.verdict();
+    live.wait_gone();
+}
+
+/// Hierarchies are found in another place, which is the only one that has them.
+#[test]
+fn privileged_cgroups_are_found_in_a_yard() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("private_anon");
+    let yard = live.path("yard");
+    let place = yard.join("pids");
+    fs::create_dir_all(&place).unwrap();
+    let Some(group) = Group::new("pids", "yard") else { return };
+    group.write("pids.max", "77");
+    group.write("cgroup.procs", &live.root.to_string());
+    let yard = yard.to_str().unwrap().to_owned();
+    let none = words(&live.try_dump(&["--cgroup-yard", &yard]));
+    assert!(none.contains("no cgroup file system is mounted there"), "{none}");
+    let run = |program: &str, arguments: &[&str]| {
+        let status = std::process::Command::new(program).args(arguments).status();
+        assert!(status.unwrap().success(), "{program} {arguments:?}");
+    };
+    run("mount", &["-t", "cgroup", "-o", "pids", "none", place.to_str().unwrap()]);
+    let unmounted = Unmount(place);
+    live.dump(&["--cgroup-yard", &yard]);
+    assert_eq!(recorded(&live, "pids"), ["pids.max"]);
+    fs::remove_dir(&group.0).unwrap();
+    live.restore(&["--manage-cgroups", "--cgroup-yard", &yard]);
+    assert_eq!(value(&group.0, "pids.max"), "77");
+    assert_eq!(group.procs(), [live.root.as_raw()]);
+    drop(unmounted);
+    live.verdict();
+    live.wait_gone();
+}
+
+struct Unmount(PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount(&self.0);
+    }
+}
+
 /// What a process sees of its own place: `/proc/self/cgroup` in its cgroup namespace.
 fn seen_by(pid: i32) -> String {
     let enter = std::process::Command::new("nsenter")

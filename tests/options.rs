@@ -93,6 +93,14 @@ const ROWS: &[Row] = &[
         ],
     ),
     (
+        &["dump", "restore"],
+        &[
+            ("cgroup-props", cgroup_props),
+            ("cgroup-props-file", cgroup_props_file),
+            ("cgroup-yard", cgroup_yard),
+        ],
+    ),
+    (
         &["restore"],
         &[
             ("restore-detached", restore_detached),
@@ -916,6 +924,45 @@ fn cgroup_root(command: &str) {
         fine(run.restore(&words));
     } else {
         fine(run.dump_as(&[&[command][..], &words].concat()));
+    }
+}
+
+const PROPERTIES: &str = "\"pids\":\n - \"strategy\": \"replace\"\n - \"properties\": []\n";
+
+/// Runs a command that fails before it looks at a process.
+fn chosen(command: &str, words: &[&str]) -> Output {
+    let tree: &[&str] = if command == "restore" { &[] } else { &["-t", "1"] };
+    rcriu(&[&[command], tree, words].concat())
+}
+
+/// tests/cgroups.rs looks at the effect.
+fn cgroup_props(command: &str) {
+    some_values(command, "--cgroup-props", &[PROPERTIES, ""], &[]);
+    let wrong = said(&chosen(command, &["--cgroup-props", "\"pids\":\n"]));
+    assert!(wrong.contains("--cgroup-props: line 2: expected a dash, found the end"), "{wrong}");
+}
+
+fn cgroup_props_file(command: &str) {
+    let dir = directory();
+    let file = dir.path().join("properties");
+    fs::write(&file, PROPERTIES).unwrap();
+    some_values(command, "--cgroup-props-file", &[text(&file)], &[]);
+    let absent = dir.path().join("absent");
+    let wrong = said(&chosen(command, &["--cgroup-props-file", text(&absent)]));
+    assert!(wrong.contains("absent: No such file"), "{wrong}");
+}
+
+/// tests/cgroups.rs has a tree in cgroups.
+fn cgroup_yard(command: &str) {
+    let mut run = Run::new();
+    let words = ["--cgroup-yard", "/proc/self"];
+    if command == "restore" {
+        run.restorable();
+        fine(run.restore(&words));
+    } else {
+        let output = run.dump_as(&[&[command][..], &words].concat());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains("no cgroup file system"), "{said}");
     }
 }
 

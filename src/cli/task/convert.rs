@@ -1,6 +1,9 @@
 //! Converts the command line into the options of dump, restore and dedup.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use nix::{
     errno::Errno,
@@ -58,6 +61,10 @@ pub(super) enum UsageError {
         .0.as_ref().map_or(String::new(), |word| format!(", not {}", word.to_string_lossy()))
     )]
     CpuinfoAction(Option<std::ffi::OsString>),
+    #[error("{0}")]
+    Properties(String, #[source] cgroup::SelectionError),
+    #[error("read {path}: {problem}", path = .path.display())]
+    PropertiesFile { path: PathBuf, problem: String },
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
 }
@@ -117,7 +124,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         freeze: FreezeOptions::new(args.tree.timeout),
         common: tree::DumpOptions {
             sessions: session::Options::new(args.tree.shell_job),
-            cgroups: cgroups(args),
+            cgroups: cgroups(args)?,
             processor: processor(args),
         },
         namespaces: namespaces(args),
@@ -141,7 +148,29 @@ fn processor(args: &TaskArgs) -> processor::Options {
     processor::Options::new(args.machine.cpu_cap.and_then(|cap| cap.0))
 }
 
-fn cgroups(args: &TaskArgs) -> cgroup::Options {
+/// Returns the properties of cgroups that the user chooses.
+fn selection(args: &TaskArgs) -> Result<cgroup::Selection, UsageError> {
+    let mut selection = cgroup::Selection::default();
+    if let Some(text) = &args.cgroups.cgroup_props {
+        let wrong = |error| UsageError::Properties("--cgroup-props".to_owned(), error);
+        selection.add(text).map_err(wrong)?;
+    }
+    if let Some(path) = &args.cgroups.cgroup_props_file {
+        let mut text = String::new();
+        let file = std::fs::File::open(path);
+        let read = file.and_then(|file| file.take(cgroup::MOST_BYTES).read_to_string(&mut text));
+        let failed = |error: std::io::Error| UsageError::PropertiesFile {
+            path: path.clone(),
+            problem: error.to_string(),
+        };
+        read.map_err(failed)?;
+        let wrong = |error| UsageError::Properties(path.display().to_string(), error);
+        selection.add(&text).map_err(wrong)?;
+    }
+    Ok(selection)
+}
+
+fn cgroups(args: &TaskArgs) -> Result<cgroup::Options, UsageError> {
     let mode = match args.cgroups.manage_cgroups.unwrap_or(ManageCgroups::None) {
         ManageCgroups::Ignore => cgroup::Mode::Ignore,
         ManageCgroups::None => cgroup::Mode::None,
@@ -156,9 +185,11 @@ fn cgroups(args: &TaskArgs) -> cgroup::Options {
         }
         _ => (None, text.clone()),
     };
-    cgroup::Options::new(mode)
+    Ok(cgroup::Options::new(mode)
         .roots(args.cgroups.cgroup_root.iter().map(root).collect())
         .controllers(args.cgroups.cgroup_dump_controller.clone())
+        .selection(selection(args)?)
+        .yard(args.cgroups.cgroup_yard.clone()))
 }
 
 fn namespaces(args: &TaskArgs) -> ns::Options {
@@ -254,7 +285,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             },
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
-        common: tree::RestoreOptions { cgroups: cgroups(args), processor: processor(args) },
+        common: tree::RestoreOptions { cgroups: cgroups(args)?, processor: processor(args) },
         namespaces: namespaces(args),
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),

@@ -249,16 +249,16 @@ pub(super) struct CgroupArgs {
     /// Restore the tree into this cgroup; can be repeated
     #[arg(long, value_name = "[CONTROLLER:]/DIR")]
     pub cgroup_root: Vec<String>,
-    /// Keep these properties of cgroups
+    /// Keep these properties of cgroups, too, or instead; a restore sets them only if it is told, too
     #[arg(long, value_name = "YAML")]
     pub cgroup_props: Option<String>,
-    /// Keep the properties of cgroups that this file lists
+    /// Read --cgroup-props from a file
     #[arg(long, value_name = "FILE")]
     pub cgroup_props_file: Option<PathBuf>,
     /// Keep only this controller; can be repeated
     #[arg(long, value_name = "NAME")]
     pub cgroup_dump_controller: Vec<String>,
-    /// Find the cgroup file systems in this directory
+    /// Use only the cgroup file systems that are mounted in this directory
     #[arg(long, value_name = "DIR")]
     pub cgroup_yard: Option<PathBuf>,
 }

@@ -66,7 +66,6 @@ use State::{Built, Harmless, Refused};
 
 const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
 const NO_FILES: &str = "a pre-dump writes only memory";
-const CGROUPS: &str = "leave it out: rcriu keeps all properties that do not have their default";
 const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
 const TLS: &str = "copy the images over ssh: there is no page server";
 
@@ -149,10 +148,13 @@ pub(super) const ROWS: &[Row] = &[
     built("manage-cgroups", BOTH),
     harmless("freeze-cgroup", DUMPS, "ptrace stops the tree, also a tree that is frozen already"),
     built("cgroup-root", BOTH),
-    refused("cgroup-props", BOTH, CGROUPS),
-    refused("cgroup-props-file", BOTH, CGROUPS),
+    built("cgroup-props", DUMP.or(RESTORE)),
+    harmless("cgroup-props", PRE_DUMP, NO_FILES),
+    built("cgroup-props-file", DUMP.or(RESTORE)),
+    harmless("cgroup-props-file", PRE_DUMP, NO_FILES),
     built("cgroup-dump-controller", DUMPS),
-    refused("cgroup-yard", BOTH, "mount the cgroup file systems where rcriu runs"),
+    built("cgroup-yard", DUMP.or(RESTORE)),
+    harmless("cgroup-yard", PRE_DUMP, NO_FILES),
     // Namespaces
     refused("join-ns", RESTORE, "run rcriu in the namespace with nsenter(1)"),
     built("empty-ns", DUMP.or(RESTORE)),

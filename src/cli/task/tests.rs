@@ -399,7 +399,7 @@ fn what_is_not_built_is_refused_by_name() {
         (Task::Restore, "--lazy-pages", Some("--lazy-pages")),
         (Task::Dump, "-t 7 --page-server", Some("--page-server")),
         (Task::Dump, "-t 7 --manage-cgroups", None),
-        (Task::Dump, "-t 7 --cgroup-yard=y", Some("--cgroup-yard")),
+        (Task::Dump, "-t 7 --cgroup-yard=y", None),
         (Task::Dump, "-t 7 --manage-cgroups=ignore", None),
         (Task::Restore, "--cpu-cap=none", None),
         (Task::Restore, "--cpu-cap", None),

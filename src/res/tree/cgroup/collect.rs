@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Options, Set, properties};
+use super::{Options, Selection, Set, properties};
 use crate::{
     image::proto::{CgControllerEntry, CgroupDirEntry, CgroupPropEntry},
     proc,
@@ -25,7 +25,7 @@ pub(super) fn controllers(
     options: &Options,
     frozen: &[PathBuf],
 ) -> Vec<CgControllerEntry> {
-    let mounts = proc::mounts().unwrap_or_default();
+    let mounts = options.mounts().unwrap_or_default();
     let (dumper, others) = known.split_first().expect("the dumper's own");
     let all = dumper.keys().filter(|name| options.dumps(name));
     all.map(|name| {
@@ -51,7 +51,12 @@ pub(super) fn controllers(
             .map(|path| {
                 let place = proc::cgroup_directory(name, path, &mounts).ok();
                 let short = path.strip_prefix(b"/").unwrap_or(path);
-                let mut head = directory(short, place.as_deref(), DEEPEST, (&mut left, frozen));
+                let mut head = directory(
+                    short,
+                    place.as_deref(),
+                    DEEPEST,
+                    (&mut left, frozen, &options.selection),
+                );
                 // One that a cgroup above has frozen, which is not the tree's.
                 let is_above = |of: &PathBuf| place.as_ref().is_some_and(|it| it.starts_with(of));
                 head.rcriu_frozen = frozen.iter().any(is_above).then_some(true);
@@ -106,13 +111,13 @@ fn directory(
     name: &[u8],
     place: Option<&Path>,
     depth: usize,
-    (left, frozen): (&mut usize, &[PathBuf]),
+    (left, frozen, selection): (&mut usize, &[PathBuf], &Selection),
 ) -> CgroupDirEntry {
     *left = left.saturating_sub(1);
     let mut entry = CgroupDirEntry { dir_name: name.to_vec(), ..Default::default() };
     let Some(place) = place else { return entry };
     entry.rcriu_frozen = frozen.iter().any(|of| of == place).then_some(true);
-    entry.properties = properties::read(place);
+    entry.properties = properties::read(place, selection);
     entry.dir_perms = properties::permissions(place);
     let Ok(below) = fs::read_dir(place) else { return entry };
     let mut below: Vec<_> = below
@@ -126,7 +131,12 @@ fn directory(
             break;
         }
         let bytes = std::os::unix::ffi::OsStrExt::as_bytes(&*name);
-        entry.children.push(directory(bytes, Some(&place.join(&name)), depth - 1, (left, frozen)));
+        entry.children.push(directory(
+            bytes,
+            Some(&place.join(&name)),
+            depth - 1,
+            (left, frozen, selection),
+        ));
     }
     entry
 }

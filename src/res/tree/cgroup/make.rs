@@ -11,6 +11,7 @@ use super::{
     collect::is_below,
     hierarchy,
     properties::{self, When},
+    selection::Selection,
 };
 use crate::{
     image::proto::{CgControllerEntry, CgroupDirEntry, CgroupEntry},
@@ -27,6 +28,7 @@ pub(super) struct Made {
     waiting: Vec<(PathBuf, CgroupDirEntry)>,
     /// Those that the restore has made; they are removed again if it fails.
     new: Vec<PathBuf>,
+    selection: Selection,
 }
 
 impl Made {
@@ -41,6 +43,7 @@ impl Made {
         mounts: &[Mount],
     ) -> Result<Self, CgroupError> {
         let mut made = Self::default();
+        made.selection.clone_from(&options.selection);
         if options.mode == Mode::None {
             return Ok(made);
         }
@@ -92,7 +95,7 @@ impl Made {
             }
         }
         if is_new || mode != Mode::Soft {
-            set(place, entry, When::Empty)?;
+            set(place, entry, &self.selection, When::Empty)?;
             self.waiting
                 .push((place.to_owned(), CgroupDirEntry { children: Vec::new(), ..entry.clone() }));
         }
@@ -138,7 +141,7 @@ impl Made {
     /// [`CgroupError::Property`].
     pub(super) fn set(&self, when: When) -> Result<(), CgroupError> {
         // Parents first: what children may have depends on them.
-        self.waiting.iter().try_for_each(|(place, entry)| set(place, entry, when))
+        self.waiting.iter().try_for_each(|(place, entry)| set(place, entry, &self.selection, when))
     }
 
     /// Keeps the cgroups: the tree is restored.
@@ -174,11 +177,18 @@ fn inherit(path: &Path, file: &str) -> io::Result<()> {
     above.map_or(Ok(()), |text| fs::write(path.join(file), text))
 }
 
-fn set(place: &Path, entry: &CgroupDirEntry, when: When) -> Result<(), CgroupError> {
-    properties::set(place, &entry.properties, when).map_err(|unset| CgroupError::Property {
-        path: place.join(unset.name),
-        value: unset.value,
-        source: unset.source,
+fn set(
+    place: &Path,
+    entry: &CgroupDirEntry,
+    selection: &Selection,
+    when: When,
+) -> Result<(), CgroupError> {
+    properties::set(place, &entry.properties, selection, when).map_err(|unset| {
+        CgroupError::Property {
+            path: place.join(unset.name),
+            value: unset.value,
+            source: unset.source,
+        }
     })
 }
 

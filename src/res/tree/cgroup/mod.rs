@@ -8,6 +8,7 @@ mod collect;
 mod freezing;
 mod make;
 mod properties;
+mod selection;
 
 use std::{
     cell::{Cell, RefCell},
@@ -19,6 +20,7 @@ use std::{
 use freezing::Freezing;
 use make::Made;
 use properties::When;
+pub use selection::{MOST_BYTES, Selection, SelectionError};
 
 use super::{Begun, Collector, Dumped, Plan, Restorer};
 use crate::{
@@ -85,6 +87,14 @@ pub enum CgroupError {
     Exists {
         /// Its directory.
         path: PathBuf,
+    },
+    /// The user's directory of hierarchies is none.
+    #[error("look for cgroups in {path} (--cgroup-yard)", path = .path.display())]
+    Yard {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
     },
     /// A group could not be made.
     #[error("{step} the cgroup {path}", path = .path.display())]
@@ -163,6 +173,9 @@ pub struct Options {
     roots: Vec<(Option<String>, String)>,
     /// All, if there are none.
     controllers: Vec<String>,
+    selection: Selection,
+    /// The directory below which the hierarchies are mounted.
+    yard: Option<PathBuf>,
 }
 
 impl Options {
@@ -182,6 +195,34 @@ impl Options {
     #[must_use]
     pub fn controllers(self, controllers: Vec<String>) -> Self {
         Self { controllers, ..self }
+    }
+
+    /// Sets which properties are kept (`--cgroup-props`).
+    #[must_use]
+    pub fn selection(self, selection: Selection) -> Self {
+        Self { selection, ..self }
+    }
+
+    /// Sets the directory below which the hierarchies are mounted (`--cgroup-yard`).
+    #[must_use]
+    pub fn yard(self, yard: Option<PathBuf>) -> Self {
+        Self { yard, ..self }
+    }
+
+    /// Returns the mounts in which cgroups are looked for.
+    fn mounts(&self) -> Result<Vec<proc::Mount>> {
+        let mut mounts = proc::mounts()?;
+        let Some(given) = &self.yard else { return Ok(mounts) };
+        let yard = given.canonicalize();
+        let yard = yard.map_err(|source| CgroupError::Yard { path: given.clone(), source })?;
+        let is_cgroup =
+            |mount: &proc::Mount| matches!(mount.fs_type.as_slice(), b"cgroup" | b"cgroup2");
+        mounts.retain(|mount| is_cgroup(mount) && mount.point.starts_with(&yard));
+        if mounts.is_empty() {
+            let source = io::Error::other("no cgroup file system is mounted there");
+            return Err(CgroupError::Yard { path: yard, source }.into());
+        }
+        Ok(mounts)
     }
 
     /// Returns the root that the user has given for a hierarchy.
@@ -208,6 +249,9 @@ fn own() -> Result<Set> {
 /// Starts with the dumper's own set, or with none if the user ignores cgroups.
 pub(super) fn collector(of: &Dumped<'_>, options: &Options) -> Begun<dyn Collector> {
     let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
+    if options.yard.is_some() {
+        options.mounts()?;
+    }
     let first = living(of.tasks).next().map(Task::witness);
     let own = first.filter(|pid| proc::is_in_other_namespace(*pid, "cgroup"));
     let mut roots = BTreeMap::new();
@@ -233,22 +277,23 @@ pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer
     let cores = plan.processes.iter().flatten().map(|(_, core)| *core);
     let wanted: Vec<u32> = cores.filter_map(set_of).collect();
     make::move_roots(&mut entry, options, wanted.first().copied());
-    let mounts = proc::mounts()?;
+    let mounts = options.mounts()?;
     let mut freezing = Freezing::of(&entry, &mounts)?;
     freezing.thaw()?;
     let made = Made::make(&entry, options, &mounts)?;
-    let mut places = Places::find(&entry, plan.inventory.root_cg_set, wanted.iter().copied())?;
+    let mut places =
+        Places::find(&entry, plan.inventory.root_cg_set, wanted.iter().copied(), &mounts)?;
     *places.made.get_mut() = made;
     *places.freezing.get_mut() = freezing;
     if let Some(set) = entry.sets.iter().find(|set| Some(&set.id) == wanted.first()) {
-        plan.namespaces.set_root_cgroups(&roots(set)?);
+        plan.namespaces.set_root_cgroups(&roots(set, &mounts)?);
     }
     Ok(Box::new(places))
 }
 
 /// Returns the directories of the roots of a cgroup namespace, other than the restorer's own cgroups.
-fn roots(set: &proto::CgSetEntry) -> Result<Vec<PathBuf>> {
-    let (own, mounts) = (own()?, proc::mounts()?);
+fn roots(set: &proto::CgSetEntry, mounts: &[proc::Mount]) -> Result<Vec<PathBuf>> {
+    let own = own()?;
     let mut found = Vec::new();
     for member in &set.ctls {
         let Some(len) = member.cgns_prefix.filter(|len| *len != 0) else { continue };
@@ -257,7 +302,7 @@ fn roots(set: &proto::CgSetEntry) -> Result<Vec<PathBuf>> {
             return Err(CgroupError::Name { name }.into());
         };
         if own.get(&member.name).map(Vec::as_slice) != Some(path) {
-            found.push(directory(&member.name, path, &mounts)?);
+            found.push(directory(&member.name, path, mounts)?);
         }
     }
     Ok(found)
@@ -360,9 +405,9 @@ impl Places {
         entry: &proto::CgroupEntry,
         dumper: Option<u32>,
         wanted: impl Iterator<Item = u32>,
+        mounts: &[proc::Mount],
     ) -> Result<Self> {
         let own = own()?;
-        let mounts = proc::mounts()?;
         let mut places = Self::default();
         for id in wanted.filter(|id| Some(*id) != dumper && *id != 0) {
             if places.sets.contains_key(&id) {
@@ -376,7 +421,7 @@ impl Places {
             for (name, path) in &set {
                 let key = (name.clone(), path.clone());
                 if own.get(name) != Some(path) && !places.directories.contains_key(&key) {
-                    let directory = directory(name, path, &mounts)?;
+                    let directory = directory(name, path, mounts)?;
                     check_thawed(name, path, &directory)?;
                     places.directories.insert(key, directory);
                 }
@@ -387,7 +432,7 @@ impl Places {
         if !places.sets.is_empty() {
             for (name, path) in &own {
                 if places.sets.values().any(|set| set.get(name) != Some(path)) {
-                    let directory = directory(name, path, &mounts)?;
+                    let directory = directory(name, path, mounts)?;
                     places.directories.insert((name.clone(), path.clone()), directory);
                 }
             }

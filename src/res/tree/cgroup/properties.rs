@@ -2,7 +2,11 @@
 
 use std::{fs, io, path::Path};
 
-use crate::image::proto::{CgroupPerms, CgroupPropEntry};
+use super::selection::Selection;
+use crate::{
+    causes::tell,
+    image::proto::{CgroupPerms, CgroupPropEntry},
+};
 
 /// When a restore sets a property.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ enum Form {
     Whole,
     /// Each line by itself.
     Lines,
+    /// Each line by itself; those that end with `max` say nothing.
+    Limits,
     /// As words to be added.
     Words,
     /// The value of the word `oom_kill_disable`.
@@ -62,7 +68,7 @@ const UNSET: [&str; 5] =
 
 /// Properties of both versions, in the order in which they are set: a hard limit of memory comes
 /// before that of memory with swap.
-static PROPERTIES: [Property; 51] = [
+static PROPERTIES: [Property; 64] = [
     early("cgroup.type", "domain"),
     early("cpuset.cpus", ""),
     early("cpuset.mems", ""),
@@ -79,15 +85,19 @@ static PROPERTIES: [Property; 51] = [
     },
     limit("cgroup.max.descendants", "max"),
     limit("cgroup.max.depth", "max"),
+    limit("cgroup.pressure", "1"),
     limit("cgroup.clone_children", "0"),
     limit("notify_on_release", "0"),
     limit("cpu.weight", "100"),
     limit("cpu.max", "max 100000"),
     limit("cpu.max.burst", "0"),
+    limit("cpu.uclamp.min", "0.00"),
+    limit("cpu.uclamp.max", "max"),
     limit("cpu.idle", "0"),
     limit("cpu.shares", "1024"),
     limit("cpu.cfs_period_us", "100000"),
     limit("cpu.cfs_quota_us", "-1"),
+    limit("cpu.cfs_burst_us", "0"),
     limit("cpu.rt_period_us", "1000000"),
     limit("cpu.rt_runtime_us", "0"),
     limit("cpuset.cpus.partition", "member"),
@@ -105,6 +115,8 @@ static PROPERTIES: [Property; 51] = [
     limit("memory.max", "max"),
     limit("memory.swap.high", "max"),
     limit("memory.swap.max", "max"),
+    limit("memory.zswap.max", "max"),
+    limit("memory.zswap.writeback", "1"),
     limit("memory.oom.group", "0"),
     limit("memory.limit_in_bytes", UNLIMITED),
     limit("memory.memsw.limit_in_bytes", UNLIMITED),
@@ -112,13 +124,20 @@ static PROPERTIES: [Property; 51] = [
     limit("memory.move_charge_at_immigrate", "0"),
     limit("memory.kmem.tcp.limit_in_bytes", UNLIMITED),
     limit("blkio.weight", "500"),
+    limit("blkio.bfq.weight", "100"),
     lines("io.max"),
     lines("io.weight"),
+    lines("io.bfq.weight"),
+    lines("io.latency"),
+    limit("io.prio.class", "no-change"),
     lines("blkio.throttle.read_bps_device"),
     lines("blkio.throttle.write_bps_device"),
+    lines("blkio.throttle.read_iops_device"),
+    lines("blkio.throttle.write_iops_device"),
     lines("net_prio.ifpriomap"),
     limit("net_cls.classid", "0"),
     limit("pids.max", "max"),
+    Property { name: "misc.max", default: "", when: When::Full, form: Form::Limits },
 ];
 
 impl Property {
@@ -133,6 +152,10 @@ impl Property {
             // Interfaces without a priority, and the default.
             Form::Lines => {
                 let is_set = |line: &&str| !line.ends_with(" 0") && *line != "default 100";
+                text.lines().filter(is_set).collect::<Vec<_>>().join("\n")
+            }
+            Form::Limits => {
+                let is_set = |line: &&str| !line.ends_with(" max");
                 text.lines().filter(is_set).collect::<Vec<_>>().join("\n")
             }
             _ => text.trim_end().to_owned(),
@@ -165,7 +188,7 @@ impl Property {
         };
         match self.form {
             Form::Whole | Form::OomControl => write(self.name, value),
-            Form::Lines => value.lines().try_for_each(|line| write(self.name, line)),
+            Form::Lines | Form::Limits => value.lines().try_for_each(|line| write(self.name, line)),
             Form::Words => {
                 value.split_whitespace().try_for_each(|word| write(self.name, &format!("+{word}")))
             }
@@ -177,14 +200,26 @@ impl Property {
     }
 }
 
+/// Returns the properties that the user names and rcriu does not know.
+fn others(selection: &Selection) -> impl Iterator<Item = &str> {
+    selection.all_names().filter(|name| {
+        !UNSET.contains(name) && !PROPERTIES.iter().any(|property| property.name == *name)
+    })
+}
+
 /// Returns the properties of a cgroup that do not have their default, and the owners of those that
-/// another user than root owns.
-pub(super) fn read(directory: &Path) -> Vec<CgroupPropEntry> {
-    let own = PROPERTIES.iter().filter_map(|property| {
+/// another user than root owns; and those that only the user knows.
+pub(super) fn read(directory: &Path, selection: &Selection) -> Vec<CgroupPropEntry> {
+    let known = PROPERTIES.iter().filter(|property| selection.keeps(property.name));
+    let own = known.filter_map(|property| {
         let value = property.read(directory)?;
         (!property.is_same(&value, property.default)).then_some((property.name, value))
     });
+    let others = others(selection).filter_map(|name| {
+        Some((name, fs::read_to_string(directory.join(name)).ok()?.trim_end().to_owned()))
+    });
     let mut found: Vec<_> = own
+        .chain(others)
         .map(|(name, value)| CgroupPropEntry {
             name: name.into(),
             value: value.into(),
@@ -224,18 +259,24 @@ pub(super) struct Unset {
     pub(super) source: io::Error,
 }
 
-/// Sets the properties of a cgroup that have other values. Ignores those that rcriu does not know:
-/// an image must not write to every file.
+/// Sets the properties of a cgroup that have other values. Ignores those that neither rcriu nor the user
+/// knows: an image must not write to every file.
 ///
 /// # Errors
 /// The first property that cannot be set.
-pub(super) fn set(directory: &Path, wanted: &[CgroupPropEntry], when: When) -> Result<(), Unset> {
+pub(super) fn set(
+    directory: &Path,
+    wanted: &[CgroupPropEntry],
+    selection: &Selection,
+    when: When,
+) -> Result<(), Unset> {
     let is_unified = directory.join("cgroup.controllers").exists();
     let of_time = |property: &&Property| match property.when {
         When::Empty if is_unified && property.name != "cgroup.type" => when == When::Placed,
         of_property => of_property == when,
     };
-    for property in PROPERTIES.iter().filter(of_time) {
+    let known = PROPERTIES.iter().filter(|property| selection.keeps(property.name));
+    for property in known.filter(of_time) {
         let entry = wanted.iter().find(|entry| entry.name == property.name.as_bytes());
         let Some(entry) = entry else { continue };
         let value = String::from_utf8_lossy(&entry.value).into_owned();
@@ -252,18 +293,51 @@ pub(super) fn set(directory: &Path, wanted: &[CgroupPropEntry], when: When) -> R
         })?;
     }
     if when == When::Full {
-        set_owners(directory, wanted);
+        set_others(directory, wanted, selection)?;
+        set_owners(directory, wanted, selection);
+    }
+    Ok(())
+}
+
+/// Sets the properties that only the user knows, as they were read.
+fn set_others(
+    directory: &Path,
+    wanted: &[CgroupPropEntry],
+    selection: &Selection,
+) -> Result<(), Unset> {
+    for name in others(selection) {
+        let Some(entry) = wanted.iter().find(|entry| entry.name == name.as_bytes()) else {
+            continue;
+        };
+        let now = fs::read(directory.join(name)).unwrap_or_default();
+        if now.trim_ascii_end() == entry.value.trim_ascii_end() {
+            continue;
+        }
+        let file = fs::OpenOptions::new().write(true).open(directory.join(name));
+        let written = file.and_then(|mut file| io::Write::write_all(&mut file, &entry.value));
+        written.map_err(|source| Unset {
+            name: name.to_owned(),
+            value: String::from_utf8_lossy(&entry.value).into_owned(),
+            source,
+        })?;
     }
     Ok(())
 }
 
 /// Sets the owners of the files of properties.
-fn set_owners(directory: &Path, wanted: &[CgroupPropEntry]) {
+fn set_owners(directory: &Path, wanted: &[CgroupPropEntry], selection: &Selection) {
     for entry in wanted {
         let name = String::from_utf8_lossy(&entry.name);
-        let is_known = UNSET.contains(&&*name) || PROPERTIES.iter().any(|of| of.name == name);
+        let is_known = UNSET.contains(&&*name)
+            || PROPERTIES.iter().any(|of| of.name == name)
+            || selection.names(&name);
         if !is_known {
-            log::warn!("the property {name} of {} is not restored", directory.display());
+            let place = directory.display();
+            let message = format!(
+                "the property {name} of the cgroup {place} is not restored: rcriu does not know it\n\
+                 help: name it with --cgroup-props"
+            );
+            tell(log::Level::Warn, &message);
             continue;
         }
         let Some(perms) = &entry.perms else { continue };
@@ -297,7 +371,7 @@ mod tests {
         put("cpu.max", "max 100000\n");
         put("memory.oom_control", "oom_kill_disable 1\nunder_oom 0\n");
         put("release_agent", "old");
-        let found = read(dir.path());
+        let found = read(dir.path(), &Selection::default());
         let names: Vec<_> = found.iter().filter(|entry| entry.perms.is_none()).collect();
         let names: Vec<_> = names.iter().map(|entry| (&*entry.name, &*entry.value)).collect();
         assert_eq!(
@@ -311,9 +385,21 @@ mod tests {
             value: b"/bin/sh".to_vec(),
             perms: None,
         });
-        set(dir.path(), &wanted, When::Full).unwrap();
+        set(dir.path(), &wanted, &Selection::default(), When::Full).unwrap();
         let text = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
         // A file, not a property: the end of the old value stays.
         assert_eq!((&text("pids.max")[..2], text("release_agent")), ("17", "old".to_owned()));
+        // Those that the user names.
+        let mut selection = Selection::default();
+        selection
+            .add("\"pids\": - \"strategy\": \"replace\" - \"properties\": [\"release_agent\"]")
+            .unwrap();
+        put("pids.max", "99\n");
+        set(dir.path(), &wanted, &selection, When::Full).unwrap();
+        assert_eq!((text("pids.max"), text("release_agent")), ("99\n".into(), "/bin/sh".into()));
+        let found = read(dir.path(), &selection);
+        let names: Vec<_> = found.iter().filter(|entry| entry.perms.is_none()).collect();
+        let names: Vec<_> = names.iter().map(|entry| &*entry.name).collect();
+        assert_eq!(names, [&b"memory.oom_control"[..], b"release_agent"]);
     }
 }
