@@ -120,6 +120,8 @@ const ROWS: &[Row] = &[
             ("empty-ns", empty_ns),
             ("file-validation", restored_file_validation),
             ("root", root),
+            ("join-ns", join_ns),
+            ("veth-pair", veth_pair),
             ("external", restored_external),
             ("skip-mnt", restored_skip_mnt),
             ("ext-mount-map", ext_mount_map),
@@ -925,6 +927,28 @@ fn cgroup_root(command: &str) {
     } else {
         fine(run.dump_as(&[&[command][..], &words].concat()));
     }
+}
+
+/// The UTS namespace that it is in already; tests/containers.rs joins others.
+fn join_ns(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let wrong = said(&run.restore(&["--join-ns", "uts:/proc/self/ns/net"]));
+    assert!(wrong.contains("is no namespace of the kind uts"), "{wrong}");
+    for kind in ["pid", "user", "cgroup"] {
+        let wrong = said(&run.restore(&["--join-ns", &format!("{kind}:1")]));
+        assert!(wrong.contains("nsenter"), "{wrong}");
+    }
+    let wrong = said(&run.restore(&["--join-ns", "net:1", "--empty-ns", "net"]));
+    assert!(wrong.contains("cannot be used with --join-ns net"), "{wrong}");
+    fine(run.restore(&["--join-ns", "uts:/proc/self/ns/uts"]));
+}
+
+/// The same as --external veth[IN]:OUT: a tree without such a device does not need it.
+fn veth_pair(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--veth-pair", "eth0=v0"]));
 }
 
 const PROPERTIES: &str = "\"pids\":\n - \"strategy\": \"replace\"\n - \"properties\": []\n";

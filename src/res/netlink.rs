@@ -239,6 +239,11 @@ impl Talk {
         Self::new(libc::NETLINK_NETFILTER)
     }
 
+    /// Talks about IPsec (`xfrm`).
+    pub fn about_ipsec() -> Self {
+        Self::new(libc::NETLINK_XFRM)
+    }
+
     fn new(protocol: libc::c_int) -> Self {
         let protocol = u16::try_from(protocol).expect("protocols are small");
         Self { socket: NetlinkSocket::new(), protocol }

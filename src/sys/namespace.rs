@@ -19,7 +19,20 @@ const NS_GET_USERNS: libc::c_ulong = 0xb701;
 /// `NS_GET_PARENT`: opens the parent of a user or pid namespace. Since Linux 4.9.
 const NS_GET_PARENT: libc::c_ulong = 0xb702;
 
+/// `NS_GET_NSTYPE`: the flag of `clone(2)` for the kind of a namespace. Since Linux 4.11.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
 const _: () = assert!(NS_GET_USERNS == (0xb7 << 8 | 1) && NS_GET_PARENT == (0xb7 << 8 | 2));
+const _: () = assert!(NS_GET_NSTYPE == (0xb7 << 8 | 3));
+
+/// Returns the kind of the namespace that a file leads to, as a flag of `clone(2)`.
+///
+/// # Errors
+/// `ENOTTY` if it is no namespace.
+pub fn kind(file: &File) -> nix::Result<i32> {
+    // SAFETY: this ioctl takes no argument; the descriptor is open.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) })
+}
 
 /// Returns the inode of the user namespace that owns the namespace at a path.
 ///

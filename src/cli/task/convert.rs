@@ -26,7 +26,7 @@ use crate::{
             GhostOptions, Inherited, LockOptions, Orphans, PacketLock, RestoreOptions,
             TerminalOptions, UnixOptions, Validation, WatchOptions,
         },
-        ns::{self, mnt, net},
+        ns::{self, join, mnt, net},
         tree::{
             self, cgroup,
             processor::{self, Aspects},
@@ -61,6 +61,10 @@ pub(super) enum UsageError {
         .0.as_ref().map_or(String::new(), |word| format!(", not {}", word.to_string_lossy()))
     )]
     CpuinfoAction(Option<std::ffi::OsString>),
+    #[error("--join-ns")]
+    Join(#[from] join::JoinError),
+    #[error("--empty-ns net cannot be used with --join-ns net: the namespace is not made")]
+    EmptyJoined,
     #[error("{0}")]
     Properties(String, #[source] cgroup::SelectionError),
     #[error("read {path}: {problem}", path = .path.display())]
@@ -127,7 +131,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             cgroups: cgroups(args)?,
             processor: processor(args),
         },
-        namespaces: namespaces(args),
+        namespaces: namespaces(args)?,
         files: DumpOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
@@ -192,16 +196,19 @@ fn cgroups(args: &TaskArgs) -> Result<cgroup::Options, UsageError> {
         .yard(args.cgroups.cgroup_yard.clone()))
 }
 
-fn namespaces(args: &TaskArgs) -> ns::Options {
+fn namespaces(args: &TaskArgs) -> Result<ns::Options, UsageError> {
     let given = &args.namespaces;
     let mounts = mnt::Options::new(&args.around.external, args.tree.root.clone())
         .map(&given.ext_mount_map)
         .select(given.skip_mnt.clone(), &given.enable_fs)
         .relate(given.enable_external_sharing, given.enable_external_masters);
     let inherited = Inherited::new(args.around.inherit_fd.clone());
-    let network = net::Options::new(args.around.external.clone(), inherited)
-        .empty(!given.empty_ns.is_empty());
-    ns::Options { mounts, network }
+    let network = net::Options::new(external(args), inherited).empty(!given.empty_ns.is_empty());
+    let join = join::Options::new(&given.join_ns)?;
+    if !given.empty_ns.is_empty() && join.has("net") {
+        return Err(UsageError::EmptyJoined);
+    }
+    Ok(ns::Options { mounts, network, join })
 }
 
 fn unix(args: &TaskArgs) -> UnixOptions {
@@ -286,7 +293,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
         common: tree::RestoreOptions { cgroups: cgroups(args)?, processor: processor(args) },
-        namespaces: namespaces(args),
+        namespaces: namespaces(args)?,
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             orphans: Orphans::default(),
@@ -364,7 +371,12 @@ pub(super) fn check_operands(args: &TaskArgs, restoring: bool) -> Result<(), Usa
 fn external(args: &TaskArgs) -> Vec<String> {
     let sockets = args.network.ext_unix_sk.iter().flat_map(|Inodes(numbers)| numbers);
     let sockets = sockets.map(|number| format!("unix[{number}]"));
-    args.around.external.iter().cloned().chain(sockets).collect()
+    // An older form of --external veth[IN]:OUT.
+    let pairs = args.namespaces.veth_pair.iter().map(|pair| match pair.split_once('=') {
+        Some((inside, outside)) => format!("veth[{inside}]:{outside}"),
+        None => format!("veth[{pair}]"),
+    });
+    args.around.external.iter().cloned().chain(sockets).chain(pairs).collect()
 }
 
 #[cfg(test)]

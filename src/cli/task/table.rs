@@ -64,7 +64,6 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
 
 use State::{Built, Harmless, Refused};
 
-const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
 const NO_FILES: &str = "a pre-dump writes only memory";
 const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
 const TLS: &str = "copy the images over ssh: there is no page server";
@@ -156,7 +155,7 @@ pub(super) const ROWS: &[Row] = &[
     built("cgroup-yard", DUMP.or(RESTORE)),
     harmless("cgroup-yard", PRE_DUMP, NO_FILES),
     // Namespaces
-    refused("join-ns", RESTORE, "run rcriu in the namespace with nsenter(1)"),
+    built("join-ns", RESTORE),
     built("empty-ns", DUMP.or(RESTORE)),
     harmless("empty-ns", PRE_DUMP, NO_FILES),
     built("skip-mnt", DUMP.or(RESTORE)),
@@ -171,7 +170,7 @@ pub(super) const ROWS: &[Row] = &[
     harmless("enable-external-sharing", PRE_DUMP, NO_FILES),
     harmless("enable-external-masters", PRE_DUMP, NO_FILES),
     harmless("mntns-compat-mode", RESTORE, "the result is the same"),
-    refused("veth-pair", RESTORE, NO_NAMESPACES),
+    built("veth-pair", RESTORE),
     harmless("weak-sysctls", RESTORE, "sysctls are not restored"),
     // Page server
     refused("page-server", DUMPS, PAGE_SERVER),

@@ -403,7 +403,7 @@ fn what_is_not_built_is_refused_by_name() {
         (Task::Dump, "-t 7 --manage-cgroups=ignore", None),
         (Task::Restore, "--cpu-cap=none", None),
         (Task::Restore, "--cpu-cap", None),
-        (Task::Restore, "-J net:1", Some("--join-ns")),
+        (Task::Restore, "-J net:1", None),
         (Task::Dump, "-t 7 --tcp-close", None),
         (Task::Dump, "-t 7 --tcp-established --network-lock=iptables", None),
         (Task::Restore, "--tcp-established", None),

@@ -15,6 +15,7 @@
 
 mod cgroup;
 mod ipc;
+pub mod join;
 pub mod mnt;
 pub mod net;
 mod of_tree;
@@ -177,6 +178,8 @@ pub struct Options {
     pub(crate) mounts: mnt::Options,
     /// Options about networks.
     pub(crate) network: net::Options,
+    /// The namespaces that a restored tree joins.
+    pub(crate) join: join::Options,
 }
 
 /// A namespace of a stopped tree.

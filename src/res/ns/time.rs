@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// `CLONE_NEWTIME` (`linux/sched.h`, since Linux 5.6).
-const CLONE_NEWTIME: i32 = 0x80;
+pub(super) const CLONE_NEWTIME: i32 = 0x80;
 
 /// The number that images give to the clocks of a tree without a time namespace of its own.
 pub(super) const OF_DUMPER: u32 = 0;

@@ -331,6 +331,26 @@ impl OfKind {
             );
             return Err(wrong(members.last().map_or(home, |member| member.number), &problem));
         }
+        if options.join.has(kind.file) {
+            if has_others {
+                let what = format!(
+                    "the tree has several namespaces of the kind {}, so it cannot join one (--join-ns)",
+                    kind.file
+                );
+                return Err(wrong(home, &what));
+            }
+            let is_own = home != dumpers;
+            let of_images = || is_own.then(|| kind.own.restore(images, home, options)).transpose();
+            let joined = options.join.of(kind.file, home, of_images)?;
+            let member = Member { number: home, ..processes[0].clone() };
+            let state = |restoring| State { member, is_home: true, restoring };
+            return Ok(Self {
+                kind,
+                home,
+                states: joined.map(state).into_iter().collect(),
+                has_others,
+            });
+        }
         let mut states = Vec::new();
         if kind.file == time::FILE && home == dumpers {
             let member = Member { number: home, ..processes[0].clone() };

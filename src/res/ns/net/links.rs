@@ -247,6 +247,35 @@ impl Link {
     }
 }
 
+/// Returns the name of a bridge, or of a port of one, that has other VLANs than each gets by itself, in the
+/// namespace that the calling thread is in.
+///
+/// # Errors
+/// The error of the kernel.
+pub(super) fn with_vlans() -> Result<Option<String>, TalkError> {
+    /// `IFLA_EXT_MASK` with `RTEXT_FILTER_BRVLAN`; `IFLA_AF_SPEC`; `IFLA_BRIDGE_VLAN_INFO`.
+    const EXTENT: u16 = 29;
+    const VLANS: u32 = 2;
+    const SPECIFIC: u16 = 26;
+    const VLAN: u16 = 2;
+    /// `BRIDGE_VLAN_INFO_PVID` and `_UNTAGGED`: what the one VLAN of a new port has.
+    const DEFAULT: u16 = 2 | 4;
+    let family = u32::from(u8::try_from(libc::AF_BRIDGE).expect("families are small"));
+    let asked = Body::new(&[family, 0, 0, 0].map(u32::to_ne_bytes).concat()).number(EXTENT, VLANS);
+    let ports = match Talk::about_routes().list(GET_LINKS, &asked, NEW_LINK) {
+        Err(error) if error.errno == Errno::EOPNOTSUPP => return Ok(None),
+        ports => ports?,
+    };
+    let has_others = |port: &&Message| {
+        let specific = port.attribute(FIXED_BYTES, SPECIFIC).unwrap_or_default();
+        let mut vlans = Attributes(specific).filter(|(kind, _)| *kind == VLAN);
+        let first = vlans.next().map(|(_, value)| word(value, 0));
+        vlans.next().is_some() || first.is_some_and(|first| first & 0xffff != u32::from(DEFAULT))
+    };
+    let found = ports.iter().find(has_others);
+    Ok(found.and_then(|port| port.attribute(FIXED_BYTES, of::NAME)).map(|name| shown(&text(name))))
+}
+
 /// Lists the devices of the namespace that the calling thread is in.
 ///
 /// # Errors

@@ -9,6 +9,7 @@
 mod filter;
 mod links;
 mod options;
+mod others;
 mod outside;
 mod routes;
 mod sysctl;
@@ -42,6 +43,7 @@ use crate::{
 const LARGEST_IMAGE_BYTES: u64 = 64 << 20;
 
 pub use options::Options;
+pub(super) use options::entered;
 
 #[derive(Debug)]
 pub(super) struct Net;
@@ -61,7 +63,8 @@ impl Namespace for Net {
         let _visit = enter(pid)?;
         let links = links::list().map_err(failed())?;
         let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
-        kept.try_for_each(|link| link.check(pid, &here))
+        kept.try_for_each(|link| link.check(pid, &here))?;
+        others::check(pid)
     }
 
     /// Refuses also devices that connect namespaces of the tree: by their numbers alone, the other end

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use nix::libc;
 
-use super::{Restoring, enter, filter, wrong};
+use super::{super::join, Restoring, enter, filter, wrong};
 use crate::{
     image::proto::{NetDeviceEntry, RcriuOutside},
     inject::Script,
@@ -91,8 +91,13 @@ impl Options {
             );
             wrong(number, &problem)
         })?;
-        Ok(Box::new(Provided(namespace)))
+        Ok(entered(namespace))
     }
+}
+
+/// Returns a namespace that exists, and that the first process enters.
+pub(in super::super) fn entered(namespace: OwnedFd) -> Box<dyn Restoring> {
+    Box::new(Provided(namespace))
 }
 
 /// A namespace that exists, and that the first process enters.
@@ -105,12 +110,7 @@ impl Restoring for Provided {
     }
 
     fn first_script(&self) -> Script {
-        use std::os::fd::AsRawFd;
-        let mut script = Script::new();
-        // It shares the descriptors of rcriu.
-        let arguments = [self.0.as_raw_fd().into(), libc::CLONE_NEWNET.into()];
-        script.call("enter the network namespace", libc::SYS_setns, &arguments);
-        script
+        join::enter("network", &self.0, libc::CLONE_NEWNET)
     }
 
     fn finish(&mut self, root: HostPid) -> Result<()> {

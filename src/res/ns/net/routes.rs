@@ -161,7 +161,47 @@ fn neighbours(talk: &mut Talk) -> Result<Vec<Message>, TalkError> {
         let state = word(&one.body, 2) & 0xffff;
         one.body.get(10).is_some_and(|flags| flags & PROXY != 0) || state & u32::from(NO_ARP) == 0
     });
+    all.extend(forwarding(talk)?);
     Ok(all)
+}
+
+/// Whether an entry has the address of a remote end (`NDA_DST`), as those of VXLAN devices have.
+fn has_remote(one: &Message) -> bool {
+    const REMOTE: u16 = 1;
+    one.body.first() == Some(&family(libc::AF_BRIDGE))
+        && one.attribute(NEIGHBOUR_BYTES, REMOTE).is_some()
+}
+
+/// Lists the entries of the forwarding databases of bridges and VXLAN devices that a program has entered:
+/// static ones, and those with a remote address. The kernel adds those of the devices' own addresses.
+fn forwarding(talk: &mut Talk) -> Result<Vec<Message>, TalkError> {
+    /// `NDA_CACHEINFO`, `NDA_MASTER` and `NTF_EXT_LEARNED`.
+    const ONLY_SHOWN: [u16; 2] = [3, 9];
+    const LEARNED: u8 = 0x10;
+    let all =
+        talk.list(GET_NEIGHBOURS, &of_family(libc::AF_BRIDGE, NEIGHBOUR_BYTES), NEW_NEIGHBOUR);
+    let all = match all {
+        // A kernel without bridges.
+        Err(error) if error.errno == Errno::EOPNOTSUPP => return Ok(Vec::new()),
+        all => all?,
+    };
+    let is_entered = |one: &Message| {
+        let state = word(&one.body, 2) & 0xffff;
+        let is_permanent = state & u32::from(PERMANENT) != 0;
+        let has_remote = has_remote(one);
+        one.body.first() == Some(&family(libc::AF_BRIDGE))
+            && one.body.get(10).is_some_and(|flags| flags & LEARNED == 0)
+            && (state & u32::from(NO_ARP) != 0 || is_permanent && has_remote)
+    };
+    let ready = |one: &Message| {
+        let mut body = Body::new(&one.body[..NEIGHBOUR_BYTES]);
+        let kept = one.attributes(NEIGHBOUR_BYTES).filter(|(kind, _)| !ONLY_SHOWN.contains(kind));
+        for (kind, value) in kept {
+            body = body.with(kind, value);
+        }
+        Message { kind: NEW_NEIGHBOUR, body: body.0 }
+    };
+    Ok(all.iter().filter(|one| is_entered(one)).map(ready).collect())
 }
 
 fn image(magic: u32, messages: &[Message]) -> Vec<u8> {
@@ -295,7 +335,9 @@ impl Routes {
             }
         }
         for one in &self.neighbours {
-            if let Err(error) = talk.change(NEW_NEIGHBOUR, CREATE | REPLACE, &one.body) {
+            // A VXLAN device may have several remote ends for one address.
+            let flags = CREATE | if has_remote(one) { APPEND } else { REPLACE };
+            if let Err(error) = talk.change(NEW_NEIGHBOUR, flags, &one.body) {
                 warn(&format!("a neighbour ({}) is lost: {error}", show(one)));
             }
         }
