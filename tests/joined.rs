@@ -81,7 +81,7 @@ fn privileged_objects_are_made_in_the_namespaces_that_are_joined() {
     require(Cap::Program("unshare"));
     for (state, flag, kind) in [
         ("ipc_namespace_segments", "-i", "ipc"),
-        ("shared_sysv", "-i", "ipc"),
+        ("sysv_shm", "-i", "ipc"),
         ("uts_namespace", "-u", "uts"),
     ] {
         let mut live = Live::workload(state);

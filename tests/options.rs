@@ -961,7 +961,7 @@ fn chosen(command: &str, words: &[&str]) -> Output {
 
 /// tests/cgroups.rs looks at the effect.
 fn cgroup_props(command: &str) {
-    some_values(command, "--cgroup-props", &[PROPERTIES, ""], &[]);
+    some_values(command, "--cgroup-props", &[PROPERTIES, ""]);
     let wrong = said(&chosen(command, &["--cgroup-props", "\"pids\":\n"]));
     assert!(wrong.contains("--cgroup-props: line 2: expected a dash, found the end"), "{wrong}");
 }
@@ -970,7 +970,7 @@ fn cgroup_props_file(command: &str) {
     let dir = directory();
     let file = dir.path().join("properties");
     fs::write(&file, PROPERTIES).unwrap();
-    some_values(command, "--cgroup-props-file", &[text(&file)], &[]);
+    some_values(command, "--cgroup-props-file", &[text(&file)]);
     let absent = dir.path().join("absent");
     let wrong = said(&chosen(command, &["--cgroup-props-file", text(&absent)]));
     assert!(wrong.contains("absent: No such file"), "{wrong}");
