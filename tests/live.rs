@@ -381,7 +381,7 @@ states! {
     uts_namespace;
     uts_namespace_of_a_child;
     uts_namespaces;
-    mount_namespace;
+    mount_namespace, elsewhere: restored;
     mount_namespace_of_a_child;
     mount_namespaces;
     mount_namespace_sockets;

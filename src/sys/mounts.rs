@@ -4,7 +4,7 @@
 
 use std::{
     ffi::CStr,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{FromRawFd, OwnedFd},
 };
 
 use nix::{errno::Errno, libc};
@@ -32,8 +32,10 @@ pub const FSCONFIG_CMD_CREATE: u32 = 6;
 /// `FSCONFIG_CMD_RECONFIGURE`.
 pub const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
 
-/// `MOVE_MOUNT_F_EMPTY_PATH` and `MOVE_MOUNT_T_EMPTY_PATH`: both ends are descriptors.
-pub const MOVE_BY_DESCRIPTORS: u32 = 0x4 | 0x40;
+/// `MOVE_MOUNT_F_EMPTY_PATH`: what to attach is a descriptor.
+pub const MOVE_FROM_DESCRIPTOR: u32 = 0x4;
+/// With `MOVE_MOUNT_T_EMPTY_PATH`: both ends are descriptors.
+pub const MOVE_BY_DESCRIPTORS: u32 = MOVE_FROM_DESCRIPTOR | 0x40;
 /// `MOVE_MOUNT_SET_GROUP` (Linux 5.15): the target joins the sharing group of the source.
 pub const MOVE_MOUNT_SET_GROUP: u32 = 0x100;
 
@@ -84,22 +86,9 @@ const _: () = assert!(size_of::<MountAttributes>() == 32);
 /// # Errors
 /// Those of `open_tree(2)`.
 pub fn copy(path: &CStr) -> nix::Result<OwnedFd> {
-    open_tree(libc::AT_FDCWD, path, AS_IT_IS)
-}
-
-/// Like [`copy`], of the file or directory of a descriptor. The mount must be one of the caller's
-/// namespace, or a detached copy that was made in it (Linux 6.15).
-///
-/// # Errors
-/// Those of `open_tree(2)`.
-pub fn copy_of(file: BorrowedFd) -> nix::Result<OwnedFd> {
-    open_tree(file.as_raw_fd(), c"", libc::AT_EMPTY_PATH.cast_unsigned())
-}
-
-fn open_tree(directory: i32, path: &CStr, flags: u32) -> nix::Result<OwnedFd> {
-    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | flags;
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AS_IT_IS;
     // SAFETY: `path` is a string that outlives the call, which writes no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, directory, path.as_ptr(), flags) };
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     let fd = Errno::result(fd)?;
     let fd = i32::try_from(fd).expect("a descriptor");
     // SAFETY: the kernel has just returned the descriptor, which nothing else owns.

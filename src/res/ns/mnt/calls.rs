@@ -10,15 +10,15 @@ use nix::{errno::Errno, libc, unistd};
 use zerocopy::IntoBytes;
 
 use crate::{
-    causes::HELP,
-    inject::{Arg, CallId, InjectError, Script},
+    inject::{Arg, CallId, Script},
     res::{ResError, Result, ns::Building},
     sys::{
         fds,
         mounts::{
             AT_RECURSIVE, CLOSE_ON_EXEC, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE,
             FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSPICK_EMPTY_PATH, MOVE_BY_DESCRIPTORS,
-            MOVE_MOUNT_SET_GROUP, MountAttributes, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE,
+            MOVE_FROM_DESCRIPTOR, MOVE_MOUNT_SET_GROUP, MountAttributes, OPEN_TREE_CLOEXEC,
+            OPEN_TREE_CLONE,
         },
     },
 };
@@ -116,23 +116,15 @@ pub(super) fn reconfigure(
     (on.run)(&script).map(drop).map_err(ResError::from)
 }
 
-/// Returns a detached copy of the mount of a descriptor, whose file or directory becomes its root.
+/// Returns a detached copy of the mount of a descriptor, whose file or directory becomes its root. The
+/// mount must be attached (Linux 6.15 also copies others).
 pub(super) fn copy(on: &Building<'_>, of: BorrowedFd, what: &str) -> Result<OwnedFd> {
     let mut script = Script::new();
     let empty = script.string(c"");
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | EMPTY_PATH;
     let arguments = [of.as_raw_fd().into(), empty.into(), flags.into()];
     let copy = call(&mut script, what, libc::SYS_open_tree, &arguments);
-    opened(on, &script, copy).map_err(|error| match error {
-        ResError::Inject(InjectError::Call { source: Errno::EINVAL, .. }) => {
-            let problem = format!(
-                "{what}: before Linux 6.15, a mount that is attached nowhere cannot be copied{HELP}restore \
-                 on a newer kernel"
-            );
-            super::super::wrong(0, &problem)
-        }
-        error => error,
-    })
+    opened(on, &script, copy)
 }
 
 /// Changes attributes or the propagation of a mount.
@@ -187,28 +179,47 @@ fn move_mount(
     (on.run)(&script).map(drop).map_err(ResError::from)
 }
 
-/// Makes a detached mount the root of the namespace, in place of all mounts so far.
-pub(super) fn replace_root(on: &Building<'_>, root: BorrowedFd) -> Result<()> {
+/// Attaches a mount on top of the root directory of the first process.
+pub(super) fn attach_to_root(on: &Building<'_>, mount: BorrowedFd, what: &str) -> Result<()> {
     let mut script = Script::new();
+    ask_to_attach_to_root(&mut script, mount, what);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+fn ask_to_attach_to_root(script: &mut Script, mount: BorrowedFd, what: &str) {
     let empty = script.string(c"");
     let slash = script.string(c"/");
-    let here = script.string(c".");
-    let by_descriptor = MOVE_BY_DESCRIPTORS & !0x40;
     let arguments = [
-        root.as_raw_fd().into(),
+        mount.as_raw_fd().into(),
         empty.into(),
         libc::AT_FDCWD.into(),
         slash.into(),
-        by_descriptor.into(),
+        MOVE_FROM_DESCRIPTOR.into(),
     ];
-    call(&mut script, "attach the root mount", libc::SYS_move_mount, &arguments);
+    call(script, what, libc::SYS_move_mount, &arguments);
+}
+
+/// Makes a detached mount the root of the namespace, in place of all mounts so far. So many were attached
+/// to the root directory.
+pub(super) fn replace_root(on: &Building<'_>, root: BorrowedFd, attached: usize) -> Result<()> {
+    let mut script = Script::new();
+    ask_to_attach_to_root(&mut script, root, "attach the root mount");
+    let here = script.string(c".");
     let arguments = [root.as_raw_fd().into()];
     call(&mut script, "enter the new root directory", libc::SYS_fchdir, &arguments);
     let arguments = [here.into(), here.into()];
     call(&mut script, "change the root mount", libc::SYS_pivot_root, &arguments);
-    let arguments = [here.into(), libc::MNT_DETACH.into()];
-    call(&mut script, "unmount the old root", libc::SYS_umount2, &arguments);
-    let arguments = [slash.into()];
-    call(&mut script, "enter the root directory", libc::SYS_chdir, &arguments);
+    (on.run)(&script)?;
+    // The call takes the uppermost mount on the directory.
+    for _ in 0..=attached {
+        let mut script = Script::new();
+        let here = script.string(c".");
+        let arguments = [here.into(), libc::MNT_DETACH.into()];
+        call(&mut script, "unmount the old root", libc::SYS_umount2, &arguments);
+        (on.run)(&script)?;
+    }
+    let mut script = Script::new();
+    let slash = script.string(c"/");
+    call(&mut script, "enter the root directory", libc::SYS_chdir, &[slash.into()]);
     (on.run)(&script).map(drop).map_err(ResError::from)
 }

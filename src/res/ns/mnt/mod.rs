@@ -11,12 +11,13 @@
 //! What fits none of these is refused by name before the dump changes anything.
 //!
 //! The restore makes all mounts with the calls that work with descriptors, in the first process of the
-//! tree: so they belong to its namespaces. Rcriu says what to call. No mount is attached before it is
-//! complete, and only mounts of the new namespace are ever attached to.
+//! tree: so they belong to its namespaces. Rcriu says what to call. No mount is attached to its
+//! place before it is complete, and only mounts of the new namespace are ever attached to.
 //!
 //! The namespaces of a tree share file systems and sharing groups, so they are looked at, and restored,
-//! together. All mounts are made in that of the first process, since the kernel copies a mount that is
-//! attached nowhere only for a process in the namespace where it was made. File systems of the kernel
+//! together. All mounts are made in the first of them, before it gets its own: what others are bound from is
+//! attached to the root that it has so far, since kernels before Linux 6.15 copy only mounts of the
+//! namespace that the caller is in. File systems of the kernel
 //! are made in the other namespaces (network, IPC, ...) of a process that sees them. Then each mount
 //! namespace is created, and gets its mounts. Only when all mounts are in place, they join their groups:
 //! before that, mounts that share events would get copies of what is attached to the others.

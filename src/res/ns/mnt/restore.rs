@@ -135,6 +135,15 @@ pub(super) struct Plan {
     related: bool,
 }
 
+/// The mounts of a plan, attached nowhere.
+struct Made {
+    mounts: Vec<OwnedFd>,
+    /// Copies of mounts outside to which they are related.
+    outside: HashMap<usize, OwnedFd>,
+    /// How many mounts were attached to the root that the first namespace has so far.
+    attached: usize,
+}
+
 impl Plan {
     /// Reads and checks the images.
     pub(super) fn read(
@@ -196,17 +205,21 @@ impl Plan {
     /// Makes the namespaces and their mounts. That of the first process is a copy of that of rcriu, or
     /// is that of rcriu.
     pub(super) fn build(&mut self, on: &Building<'_>) -> Result<()> {
-        if self.spaces.iter().any(|space| space.is_home) {
-            calls::isolate(on)?;
-        }
-        let (made, outside) = self.make(on)?;
-        for at in 0..self.spaces.len() {
-            let Space { member, is_home, root, .. } = &self.spaces[at];
-            if !is_home {
-                on.create(FILE, member.number)?;
-                calls::isolate(on)?;
+        let begin = |space: &Space| -> Result<()> {
+            if !space.is_home {
+                on.create(FILE, space.member.number)?;
             }
-            calls::replace_root(on, made[*root].as_fd())?;
+            calls::isolate(on)
+        };
+        // That of the first process, if it has one, is the first one.
+        self.spaces.first().map_or(Ok(()), begin)?;
+        let Made { mounts: made, outside, mut attached } = self.make(on)?;
+        for at in 0..self.spaces.len() {
+            let Space { is_home, root, .. } = &self.spaces[at];
+            if at > 0 {
+                begin(&self.spaces[at])?;
+            }
+            calls::replace_root(on, made[*root].as_fd(), std::mem::take(&mut attached))?;
             self.attach(on, *root, &made)?;
             if !is_home {
                 self.spaces[at].directory = Some(root_of(on.first)?);
@@ -231,10 +244,21 @@ impl Plan {
         }
     }
 
-    /// Makes all mounts, attached nowhere, with their flags. Returns them, and copies of mounts outside
-    /// to which they are related.
-    fn make(&self, on: &Building<'_>) -> Result<(Vec<OwnedFd>, HashMap<usize, OwnedFd>)> {
+    /// Returns the position of the mount that has to be attached for this one to be bound from it. A mount
+    /// of the host, whole, can be copied again.
+    fn original_of(&self, mount: &Mount) -> Option<usize> {
+        let Source::Bind(from, rest) = &mount.source else { return None };
+        let is_hosts = matches!(self.mounts[*from].source, Source::Path(_));
+        (!is_hosts || !rest.as_os_str().is_empty()).then_some(*from)
+    }
+
+    /// Makes all mounts, attached nowhere, with their flags, in the first of the namespaces.
+    fn make(&self, on: &Building<'_>) -> Result<Made> {
+        let originals_wanted: HashSet<usize> =
+            self.mounts.iter().filter_map(|mount| self.original_of(mount)).collect();
         let mut made: Vec<Option<OwnedFd>> = self.mounts.iter().map(|_| None).collect();
+        // What other mounts are bound from.
+        let mut originals = HashMap::new();
         // Copies of mounts outside, as long as their relations are needed.
         let mut outside = HashMap::new();
         let mut space = None;
@@ -244,24 +268,44 @@ impl Plan {
                 on.enter_those_of(&self.spaces[mount.space].member.ids, FILE)?;
                 space = Some(mount.space);
             }
-            made[at] = match &mount.source {
+            let is_bound = originals_wanted.contains(&at);
+            // An original goes away with all mounts that the namespace has so far.
+            let attach = |original: &OwnedFd| {
+                let what = mount.what("attach the original of the mount at");
+                calls::attach_to_root(on, original.as_fd(), &what)
+            };
+            match &mount.source {
                 Source::Path(path) => {
-                    let copy = from_host(mount, path)?;
+                    made[at] = Some(from_host(mount, path)?);
                     if self.related {
                         outside.insert(at, from_host(mount, path)?);
                     }
-                    Some(copy)
+                    if is_bound {
+                        let original = from_host(mount, path)?;
+                        attach(&original)?;
+                        originals.insert(at, original);
+                    }
                 }
-                Source::New(name) => Some(new(on, mount, name)?),
-                Source::Bind(..) => None,
-            };
+                Source::New(name) if is_bound => {
+                    let original = new(on, mount, name)?;
+                    attach(&original)?;
+                    made[at] = Some(calls::copy(on, original.as_fd(), &mount.what("copy"))?);
+                    originals.insert(at, original);
+                }
+                Source::New(name) => made[at] = Some(new(on, mount, name)?),
+                Source::Bind(..) => {}
+            }
         }
         on.enter_those_of(&self.home.ids, FILE)?;
         let missing = || wrong(self.home.number, "a mount is bound from one that does not exist");
         for (at, mount) in self.mounts.iter().enumerate() {
             let Source::Bind(from, rest) = &mount.source else { continue };
-            let is_outside = matches!(self.mounts[*from].source, Source::Path(_));
-            let from = made.get(*from).and_then(Option::as_ref).ok_or_else(missing)?;
+            let source = &self.mounts[*from].source;
+            if let (Source::Path(path), None) = (source, self.original_of(mount)) {
+                made[at] = Some(from_host(mount, path)?);
+                continue;
+            }
+            let from = originals.get(from).ok_or_else(missing)?;
             let name = rest.as_os_str().as_bytes();
             let named = match root::name_on_mount(from.as_fd(), name) {
                 // The slave of a terminal that is still to be opened, such as /dev/console.
@@ -275,12 +319,7 @@ impl Plan {
                 named => named,
             };
             let named = named.map_err(failed(mount, "find what to bind for"))?;
-            // The kernel asks in whose namespace a detached mount was made.
-            made[at] = Some(if is_outside {
-                mounts::copy_of(named.as_fd()).map_err(failed(mount, "bind"))?
-            } else {
-                calls::copy(on, named.as_fd(), &mount.what("bind"))?
-            });
+            made[at] = Some(calls::copy(on, named.as_fd(), &mount.what("bind"))?);
         }
         let made: Vec<OwnedFd> = made.into_iter().collect::<Option<_>>().ok_or_else(missing)?;
         for (mount, fd) in self.mounts.iter().zip(&made) {
@@ -292,7 +331,7 @@ impl Plan {
             };
             calls::set(on, fd.as_fd(), attributes, &mount.what("set the flags of the mount at"))?;
         }
-        Ok((made, outside))
+        Ok(Made { mounts: made, outside, attached: originals.len() })
     }
 
     /// Attaches all mounts of a namespace to their mount points; `root` is the position of its root mount.
