@@ -464,10 +464,15 @@
 //! everything else that only a process can tell. Or one thread of rcriu enters the namespace
 //! ([`crate::sys::visit`]) and comes back: a thread, rather than a process that serves requests,
 //! since it executes nothing there, has all of rcriu's descriptors, and returns what it found
-//! without a protocol. Only a user namespace takes a process with one thread; nothing is looked at
-//! in there, since ids are translated ([`crate::units::PidMap`] has them with the pids). Paths of a
-//! tree with a mount namespace are looked up below the root directory of the tree, by
-//! `openat2(2)`, which never leaves it ([`crate::sys::root`]).
+//! without a protocol. Only a process with one thread can enter a user namespace, so there the
+//! visitor is a child that shares rcriu's memory and descriptors ([`crate::sys::process::beside`]).
+//! It enters the user namespace to which a mount namespace belongs, since a copy that a more
+//! privileged process makes of a mount namespace is locked, and to pack and unpack a tmpfs, whose
+//! owners are numbers there. Everywhere else ids are translated ([`crate::units::PidMap`] has them
+//! with the pids). Paths of a tree with a mount namespace are looked up below the root directory of
+//! the tree, by `openat2(2)`, which never leaves it ([`crate::sys::root`]). File systems of a user
+//! namespace take no files of users whom it does not map, so rcriu makes files as its root
+//! ([`crate::sys::root::Root::make`]).
 //!
 //! A restore of a tree with namespaces makes the first process before it opens any file. The kernel
 //! makes the namespaces with it, so that all of them belong to the tree's user namespace. The process

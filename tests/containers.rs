@@ -10,7 +10,10 @@ use std::{
     io::{Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{fs::symlink, net::UnixListener},
+        unix::{
+            fs::{PermissionsExt, lchown, symlink},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -28,7 +31,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The commands of busybox that the containers use.
-const COMMANDS: &[&str] = &["sh", "sleep", "cat", "ps", "nc", "ip"];
+const COMMANDS: &[&str] = &["sh", "sort", "sleep", "cat", "ps", "nc", "ip"];
 
 /// Counts in a file, and in one on a tmpfs, five times a second.
 const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; echo $i >/dev/shm/count; \
@@ -89,6 +92,10 @@ impl Container {
         config["process"]["args"] = json!(["/bin/sh", "-c", command]);
         config["root"]["readonly"] = json!(false);
         edit(&mut config);
+        if let Some(id) = config["linux"]["uidMappings"][0]["hostID"].as_u64() {
+            give(&container.path("bundle/rootfs"), id.try_into().unwrap());
+            fs::set_permissions(container.path(""), fs::Permissions::from_mode(0o711)).unwrap();
+        }
         fs::write(&file, config.to_string()).unwrap();
         fs::create_dir(container.path("work")).unwrap();
         let bundle = container.path("bundle");
@@ -206,6 +213,53 @@ fn privileged_runc_checkpoints_and_restores_twice() {
         reached = now;
         let seen = container.exec("ps; cat /dev/shm/count; cat /proc/self/mountinfo");
         assert!(seen.contains("sleep 0.2") && seen.contains("/dev/shm"), "{seen}");
+    }
+    drop(container);
+    assert_eq!(surroundings(), before);
+}
+
+/// Gives a directory and all below it to a user and group.
+fn give(top: &Path, id: u32) {
+    let mut pending = vec![top.to_owned()];
+    while let Some(path) = pending.pop() {
+        lchown(&path, Some(id), Some(id)).unwrap();
+        if fs::symlink_metadata(&path).unwrap().is_dir() {
+            pending.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+/// A user namespace, to which the mounts, the network and the others belong.
+#[test]
+fn privileged_runc_with_mapped_users_goes_on() {
+    needs();
+    let before = surroundings();
+    const COUNT: &str = "echo x >/dev/shm/of; chown 12:34 /dev/shm/of; i=0; while true; do i=$((i+1)); \
+                         echo $i >/tmp/count; sleep 0.2; done";
+    let container = Container::start(COUNT, |config| {
+        let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+        config["linux"]["uidMappings"] = map.clone();
+        config["linux"]["gidMappings"] = map;
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({ "type": "user" }));
+        for set in ["bounding", "effective", "permitted"] {
+            let set = &mut config["process"]["capabilities"][set];
+            set.as_array_mut().unwrap().push(json!("CAP_CHOWN"));
+        }
+    });
+    container.counts_on();
+    // runc binds others of the cgroups of version 1 at a restore (its own).
+    let seen = "cat /proc/self/uid_map; ls -lan /dev/shm; \
+                grep -v -e ' - proc' -e ' - cgroup ' /proc/self/mountinfo | cut -d' ' -f4- | sort";
+    let was = container.exec(seen);
+    let owned = |line: &str| line.contains(" 12 ") && line.contains(" 34 ");
+    assert!(was.lines().any(owned), "{was}");
+    for images in ["1", "2"] {
+        let reached = container.counts_on();
+        container.checkpoint(images, &[]);
+        container.restore(&container.path(images), &[]);
+        assert!(container.counts_on() > reached);
+        assert_eq!(container.exec(seen), was);
     }
     drop(container);
     assert_eq!(surroundings(), before);

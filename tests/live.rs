@@ -385,6 +385,7 @@ states! {
     mount_namespace_of_a_child;
     mount_namespaces;
     mount_namespace_sockets;
+    mount_namespace_of_users, elsewhere: restored;
     time_namespace;
     ipc_namespace;
     ipc_namespace_segments;

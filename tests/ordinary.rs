@@ -225,3 +225,89 @@ fn privileged_an_ordinary_user_dumps_and_restores_watches() {
         }
     }
 }
+
+/// What the processes of a sandbox write about themselves, in turn with a number.
+const SANDBOX: &str = "echo text >/tmp/file; mkdir /tmp/d; chmod 500 /tmp/d; exec 5<>/tmp/gone; \
+    echo ghost >&5; rm /tmp/gone; i=0; while true; do i=$((i+1)); \
+    { id; cat /proc/self/uid_map; cut -d' ' -f5- /proc/self/mountinfo | sort; \
+    stat -c '%A %h %u %g %s %n' /tmp /tmp/*; cat /tmp/file; cat </proc/self/fd/5; \
+    readlink /proc/1/fd/*; } >/out/new 2>&1; mv /out/new /out/seen; echo $i >/out/count; \
+    sleep 0.1; done";
+
+/// Runs `bwrap` of an ordinary user, and dumps and restores what is in it, as that user or as root.
+fn sandbox(home: &Home, options: &[&str], is_user: bool) {
+    require(Cap::Ptrace);
+    require(Cap::Program("setpriv"));
+    require(Cap::Program("bwrap"));
+    let out = home.dir.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(USER).args([
+        "setsid",
+        "bwrap",
+        "--new-session",
+        "--unshare-user",
+        "--unshare-pid",
+    ]);
+    for directory in ["/usr", "/bin", "/lib", "/lib64"] {
+        command.args(["--ro-bind", directory, directory]);
+    }
+    command
+        .args(["--proc", "/proc", "--tmpfs", "/tmp", "--bind"])
+        .arg(&out)
+        .arg("/out")
+        .args(options);
+    command.args(["/bin/sh", "-c", SANDBOX]).current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut ends = Ends(command.spawn().unwrap(), None);
+    let count = || -> u64 {
+        let text = fs::read_to_string(out.join("count")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    let counts_on = || {
+        let from = count();
+        wait_for("the sandbox to count", || count() > from + 1);
+        count()
+    };
+    // What it counts is in the sizes of no file.
+    let seen = || fs::read_to_string(out.join("seen")).unwrap();
+    counts_on();
+    let children = format!("/proc/{0}/task/{0}/children", ends.0.id());
+    let inside = fs::read_to_string(children).unwrap();
+    let (was, inside) = (seen(), inside.trim().to_owned());
+    let run = |arguments: &[&str]| {
+        if is_user {
+            return home.rcriu(arguments);
+        }
+        let mut command = Command::new(engine());
+        command.args(arguments).arg("-D").arg(home.images());
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    let output = run(&["dump", "-t", &inside]);
+    assert!(output.status.success(), "{}", said(&output));
+    ends.0.wait().unwrap();
+    let reached = count();
+    let file = home.images().join("pid");
+    let output = run(&["restore", "-d", "--pidfile", file.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", said(&output));
+    ends.1 = fs::read_to_string(&file).unwrap().trim().parse().ok();
+    assert!(counts_on() > reached);
+    // The directory in which bwrap has put the root together is the whole file system now. A machine may
+    // have hidden one tmpfs by another, for good.
+    let comparable = |text: String| -> Vec<String> {
+        let lines = text.lines().filter(|line| !line.starts_with("/dev/shm "));
+        lines.map(|line| line.replace(" /newroot / ", " / / ")).collect()
+    };
+    assert_eq!(comparable(seen()), comparable(was));
+}
+
+#[test]
+fn privileged_an_ordinary_user_dumps_and_restores_a_sandbox() {
+    sandbox(&Home::new(), &["--dev-bind", "/dev/null", "/dev/null"], true);
+}
+
+#[test]
+fn privileged_root_dumps_and_restores_the_sandbox_of_a_user() {
+    sandbox(&Home::new(), &["--dev-bind", "/dev", "/dev", "--unshare-all"], false);
+}

@@ -4,7 +4,7 @@
 
 use std::{
     ffi::CStr,
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 use nix::{errno::Errno, libc};
@@ -14,8 +14,10 @@ use zerocopy::{Immutable, IntoBytes};
 pub const OPEN_TREE_CLONE: u32 = 1;
 /// `OPEN_TREE_CLOEXEC`.
 pub const OPEN_TREE_CLOEXEC: u32 = libc::O_CLOEXEC.cast_unsigned();
-/// `AT_SYMLINK_NOFOLLOW` and `AT_NO_AUTOMOUNT` of `open_tree(2)`.
-const AS_IT_IS: u32 = (libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT).cast_unsigned();
+/// Copies with `open_tree(2)`, and follows neither a link nor an automount at the end of the path.
+pub const COPY_AS_IT_IS: u32 = OPEN_TREE_CLONE
+    | OPEN_TREE_CLOEXEC
+    | (libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT).cast_unsigned();
 
 /// Flags of `fsopen(2)`, `fsmount(2)` and `fspick(2)`: `FSOPEN_CLOEXEC`, `FSMOUNT_CLOEXEC`,
 /// `FSPICK_CLOEXEC`, `FSPICK_EMPTY_PATH`.
@@ -86,11 +88,24 @@ const _: () = assert!(size_of::<MountAttributes>() == 32);
 /// # Errors
 /// Those of `open_tree(2)`.
 pub fn copy(path: &CStr) -> nix::Result<OwnedFd> {
-    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AS_IT_IS;
+    let flags = COPY_AS_IT_IS;
     // SAFETY: `path` is a string that outlives the call, which writes no memory.
     let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     let fd = Errno::result(fd)?;
     let fd = i32::try_from(fd).expect("a descriptor");
     // SAFETY: the kernel has just returned the descriptor, which nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts a mount into the sharing groups of another one.
+///
+/// # Errors
+/// Those of `move_mount(2)`: `EPERM` without power over the mount namespaces of both.
+pub fn join(mount: BorrowedFd, other: BorrowedFd) -> nix::Result<()> {
+    let flags = MOVE_BY_DESCRIPTORS | MOVE_MOUNT_SET_GROUP;
+    let (from, to) = (other.as_raw_fd(), mount.as_raw_fd());
+    let empty = c"".as_ptr();
+    // SAFETY: the strings outlive the call, which writes no memory.
+    let done = unsafe { libc::syscall(libc::SYS_move_mount, from, empty, to, empty, flags) };
+    Errno::result(done).map(drop)
 }

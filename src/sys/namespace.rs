@@ -39,7 +39,15 @@ pub fn kind(file: &File) -> nix::Result<i32> {
 /// # Errors
 /// `EPERM` if it is not below that of this program.
 pub fn owner(path: &Path) -> io::Result<u64> {
-    related(path, NS_GET_USERNS)
+    Ok(open_owner(&File::open(path)?)?.metadata()?.ino())
+}
+
+/// Opens the user namespace that owns a namespace.
+///
+/// # Errors
+/// As [`owner`].
+pub fn open_owner(namespace: &File) -> io::Result<File> {
+    related(namespace, NS_GET_USERNS)
 }
 
 /// Returns the inode of the parent of the user or pid namespace at a path.
@@ -47,17 +55,15 @@ pub fn owner(path: &Path) -> io::Result<u64> {
 /// # Errors
 /// As [`owner`].
 pub fn parent(path: &Path) -> io::Result<u64> {
-    related(path, NS_GET_PARENT)
+    Ok(related(&File::open(path)?, NS_GET_PARENT)?.metadata()?.ino())
 }
 
-fn related(path: &Path, question: libc::c_ulong) -> io::Result<u64> {
-    let file = File::open(path)?;
+fn related(namespace: &File, question: libc::c_ulong) -> io::Result<File> {
     // SAFETY: these ioctls take no argument; the descriptor is open.
-    let made = unsafe { libc::ioctl(file.as_raw_fd(), question) };
+    let made = unsafe { libc::ioctl(namespace.as_raw_fd(), question) };
     let made = Errno::result(made)?;
     // SAFETY: the kernel has just made this descriptor for the caller.
-    let made = unsafe { OwnedFd::from_raw_fd(made) };
-    Ok(File::from(made).metadata()?.ino())
+    Ok(unsafe { OwnedFd::from_raw_fd(made) }.into())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::FileExt,
     },
+    panic::{AssertUnwindSafe, catch_unwind},
 };
 
 use nix::{
@@ -17,8 +18,10 @@ use nix::{
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        signal::kill,
+        prctl::{get_dumpable, set_dumpable},
+        signal::{SigSet, SigmaskHow, kill},
         uio::{RemoteIoVec, process_vm_writev},
+        wait::{WaitPidFlag, waitpid},
     },
     unistd::{ForkResult, Pid, fork},
 };
@@ -520,6 +523,121 @@ unsafe fn end_when_continued(end: End) -> ! {
         }
         libc::syscall(libc::SYS_kill, own, libc::SIGKILL);
         libc::_exit(1)
+    }
+}
+
+/// Calls `act` in a thread that makes files as this user and group (`setfsuid(2)`), with the capabilities
+/// of the caller. Without the power to change ids, the thread keeps those of the caller.
+pub fn with_file_ids<T: Send>((user, group): (u32, u32), act: impl FnOnce() -> T + Send) -> T {
+    let dumpable = get_dumpable();
+    let made = std::thread::scope(|scope| {
+        let made = scope.spawn(|| {
+            // Set the user last: without root's user id, the group id could not be set.
+            nix::unistd::setfsgid(group.into());
+            nix::unistd::setfsuid(user.into());
+            if let Err(errno) = raise_capabilities() {
+                log::debug!("cannot raise capabilities again: {errno}");
+            }
+            act()
+        });
+        made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    // Changing ids has made the whole process undumpable.
+    if let Err(errno) = dumpable.and_then(set_dumpable) {
+        log::debug!("cannot become dumpable again: {errno}");
+    }
+    made
+}
+
+/// Makes all permitted capabilities of the calling thread effective: a change of the file system user takes
+/// some (`capabilities(7)`).
+fn raise_capabilities() -> nix::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`), with two sets of each kind.
+    const VERSION: u32 = 0x2008_0522;
+    let header = [VERSION, 0];
+    // Effective, permitted, inheritable.
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: header and sets have the sizes of this version, and outlive the calls.
+    unsafe {
+        Errno::result(libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()))?;
+        sets.iter_mut().for_each(|set| set[0] = set[1]);
+        Errno::result(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()))?;
+    }
+    Ok(())
+}
+
+/// Changes all ids of the calling thread alone, unlike `setresuid(3)`.
+///
+/// # Errors
+/// `EINVAL` if the user namespace does not map them; `EPERM`.
+pub fn set_ids(user: u32, group: u32) -> nix::Result<()> {
+    for (call, id) in [(libc::SYS_setresgid, group), (libc::SYS_setresuid, user)] {
+        // SAFETY: the calls take numbers.
+        Errno::result(unsafe { libc::syscall(call, id, id, id) })?;
+    }
+    Ok(())
+}
+
+/// Calls `act` in a child that shares the memory and the descriptors of this program, and waits for it. The
+/// child has namespaces, credentials and directories of its own: it is for calls that a thread must not
+/// make, such as to enter a user namespace (`setns(2)`). `act` must not start threads.
+///
+/// # Errors
+/// `EAGAIN` or `ENOMEM` from `clone(2)`; `EIO` if the child was killed.
+pub fn beside<T: Send>(act: impl FnOnce() -> T + Send) -> io::Result<T> {
+    /// As much as the main thread has.
+    const STACK_BYTES: usize = 8 << 20;
+    struct Work<F, T> {
+        act: Option<F>,
+        result: Option<std::thread::Result<T>>,
+    }
+    extern "C" fn run<T, F: FnOnce() -> T>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: `beside` passes this, and waits until the child has ended.
+        let work = unsafe { &mut *work.cast::<Work<F, T>>() };
+        let act = work.act.take().expect("it runs once");
+        work.result = Some(catch_unwind(AssertUnwindSafe(act)));
+        0
+    }
+    fn runner<T, F: FnOnce() -> T>(_: &F) -> extern "C" fn(*mut libc::c_void) -> libc::c_int {
+        run::<T, F>
+    }
+    let start = runner(&act);
+    let mut work = Work { act: Some(act), result: None };
+    let dumpable = get_dumpable()?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK | libc::MAP_NORESERVE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at a place of the kernel's choice touches no other.
+    let stack = unsafe { libc::mmap(std::ptr::null_mut(), STACK_BYTES, access, flags, -1, 0) };
+    if stack == libc::MAP_FAILED {
+        return Err(Errno::last().into());
+    }
+    // Handlers of this program must not run in the child, which looks like the calling thread to them.
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+    let made = mask.and_then(|mask| {
+        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK;
+        let work: *mut Work<_, T> = &raw mut work;
+        // SAFETY: the stack is as large as that, and nothing else has it. The calling thread, whose
+        // thread-local memory the child uses, sleeps until the child has ended (CLONE_VFORK).
+        let child = unsafe {
+            libc::clone(start, stack.byte_add(STACK_BYTES), flags, work.cast::<libc::c_void>())
+        };
+        let child = Errno::result(child);
+        if let Ok(child) = child {
+            let wait = || waitpid(Pid::from_raw(child), Some(WaitPidFlag::__WALL));
+            while wait() == Err(Errno::EINTR) {}
+        }
+        mask.thread_set_mask()?;
+        child
+    });
+    // SAFETY: the child has ended.
+    unsafe { libc::munmap(stack, STACK_BYTES) };
+    made?;
+    // A change of ids resets it for the memory.
+    set_dumpable(dumpable)?;
+    match work.result {
+        Some(Ok(result)) => Ok(result),
+        Some(Err(panic)) => std::panic::resume_unwind(panic),
+        None => Err(Errno::EIO.into()),
     }
 }
 

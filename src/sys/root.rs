@@ -24,7 +24,7 @@ use nix::{
     unistd::{chroot, fchdir},
 };
 
-use super::visit;
+use super::{process, visit};
 use crate::units::HostPid;
 
 /// The flags that `openat2(2)` takes of those that a description may have (`include/linux/fcntl.h`).
@@ -46,12 +46,17 @@ const VALID_WITH_PATH: i32 = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW
 
 /// A root directory.
 #[derive(Clone, Debug, Default)]
-pub struct Root(Option<Arc<OwnedFd>>);
+pub struct Root {
+    /// `None` for that of rcriu.
+    directory: Option<Arc<OwnedFd>>,
+    /// The user and the group that make files below it, if they are not those of rcriu.
+    maker: Option<(u32, u32)>,
+}
 
 impl Root {
     /// Returns that of rcriu.
     pub fn own() -> Self {
-        Self(None)
+        Self::default()
     }
 
     /// Returns that of the mount namespace of a process, even if the process has changed its own
@@ -68,7 +73,22 @@ impl Root {
 
     /// Returns the root that this directory is.
     pub fn at(directory: OwnedFd) -> Self {
-        Self(Some(Arc::new(directory)))
+        Self { directory: Some(Arc::new(directory)), maker: None }
+    }
+
+    /// Has files below it made by this user and group: the file systems of a user namespace take no files
+    /// of others than those that it maps.
+    #[must_use]
+    pub fn made_by(self, maker: Option<(u32, u32)>) -> Self {
+        Self { maker, ..self }
+    }
+
+    /// Calls `make`, which makes files below it, or gives them names.
+    pub fn make<T: Send>(&self, make: impl FnOnce() -> T + Send) -> T {
+        match self.maker {
+            Some(maker) => process::with_file_ids(maker, make),
+            None => make(),
+        }
     }
 
     /// Makes this the root directory of the calling thread, which must not share it with other threads
@@ -77,14 +97,14 @@ impl Root {
     /// # Errors
     /// `EPERM` without `CAP_SYS_CHROOT`.
     pub fn enter(&self) -> nix::Result<()> {
-        let Some(root) = &self.0 else { return Ok(()) };
+        let Some(root) = &self.directory else { return Ok(()) };
         fchdir(root)?;
         chroot(".")
     }
 
     /// Whether this is the root of rcriu.
     pub fn is_own(&self) -> bool {
-        self.0.is_none()
+        self.directory.is_none()
     }
 
     /// Opens a file, as `open(2)` does for a process with this root directory.
@@ -100,12 +120,13 @@ impl Root {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_tmpfile(&self, directory: &[u8], flags: i32) -> nix::Result<OwnedFd> {
-        self.open_with(directory, flags | libc::O_TMPFILE, Mode::S_IRUSR | Mode::S_IWUSR)
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        self.make(|| self.open_with(directory, flags | libc::O_TMPFILE, mode))
     }
 
     fn open_with(&self, path: &[u8], flags: i32, mode: Mode) -> nix::Result<OwnedFd> {
         loop {
-            let result = match &self.0 {
+            let result = match &self.directory {
                 None => open(path, OFlag::from_bits_retain(flags | libc::O_CLOEXEC), mode),
                 Some(root) => open_below(root.as_fd(), path, flags, mode),
             };

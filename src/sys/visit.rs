@@ -2,13 +2,21 @@
 //!
 //! A visitor executes nothing that it finds there, and its memory and descriptors stay those of this
 //! program. Each thread has its own network, IPC and cgroup namespace; a thread that does not
-//! share its working directory has its own mount namespace, too (`setns(2)`). User namespaces cannot
-//! be visited: that takes a process with one thread.
+//! share its working directory has its own mount namespace, too (`setns(2)`). Only a process with one
+//! thread can visit a user namespace, and the mounts that belong to it: a child that shares the memory and
+//! the descriptors of this program ([`process::beside`]).
 
-use std::{fs::File, io, marker::PhantomData, os::fd::AsFd, thread};
+use std::{
+    fs::{self, File},
+    io,
+    marker::PhantomData,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    thread,
+};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::{namespace, process};
 use crate::units::HostPid;
 
 /// A kind of namespace that a thread can visit.
@@ -95,8 +103,8 @@ impl Drop for Visit {
     }
 }
 
-/// Calls `act` in a thread in the mount namespace of a process, with the root directory of that
-/// namespace.
+/// Calls `act` in the mount namespace of a process, with the root directory of that namespace, and in the
+/// user namespace that owns it.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT` there; `ENOENT` if the process is gone; what
@@ -105,15 +113,47 @@ pub fn in_mounts<T: Send, E: From<io::Error> + Send>(
     pid: HostPid,
     act: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
-    let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+    let mounts = File::open(format!("/proc/{pid}/ns/mnt"))?;
+    let own = fs::metadata("/proc/self/ns/user")?.ino();
+    // If the owner is not below the own user namespace, the kernel does not tell it.
+    let owner = namespace::open_owner(&mounts).ok();
+    let enter_mounts = move || setns(&mounts, CloneFlags::CLONE_NEWNS).map_err(io::Error::from);
+    let owner = owner.filter(|owner| owner.metadata().is_ok_and(|found| found.ino() != own));
+    if let Some(owner) = owner {
+        return process::beside(move || {
+            setns(&owner, CloneFlags::CLONE_NEWUSER).map_err(io::Error::from)?;
+            enter_mounts()?;
+            act()
+        })?;
+    }
     thread::scope(|scope| {
         let visitor = scope.spawn(move || {
             unshare(CloneFlags::CLONE_FS).map_err(io::Error::from)?;
-            setns(&namespace, CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
+            enter_mounts()?;
             act()
         });
         visitor.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Calls `act` in the user namespace of a process, with all capabilities there; as the user and group
+/// `ids` inside, if any.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN` there; `ENOENT` if the process is gone; what `act` returns.
+pub fn in_users<T: Send, E: From<io::Error> + Send>(
+    pid: HostPid,
+    ids: Option<(u32, u32)>,
+    act: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
+    let users = File::open(format!("/proc/{pid}/ns/user"))?;
+    process::beside(move || {
+        setns(&users, CloneFlags::CLONE_NEWUSER).map_err(io::Error::from)?;
+        if let Some((user, group)) = ids {
+            process::set_ids(user, group).map_err(io::Error::from)?;
+        }
+        act()
+    })?
 }
 
 #[cfg(test)]

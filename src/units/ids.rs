@@ -91,6 +91,19 @@ impl IdMap {
         self.host_group(self.ns_group(group)) == Some(group)
     }
 
+    /// Returns the lowest user and group inside: the root, if there is one. `None` if the tree is in the
+    /// user namespace of this program.
+    pub fn lowest(&self) -> Option<(u32, u32)> {
+        let ranges = self.0.as_ref()?;
+        let lowest = |ranges: &[IdRange]| ranges.iter().map(|range| range.inside).min();
+        Some((lowest(&ranges.users)?, lowest(&ranges.groups)?))
+    }
+
+    /// Returns the user and the group here that [`Self::lowest`] are.
+    pub fn lowest_here(&self) -> Option<(u32, u32)> {
+        self.lowest().map(|lowest| self.host_owner(lowest))
+    }
+
     /// Turns the owner of a file here into that of the images.
     pub fn ns_owner(&self, (user, group): (u32, u32)) -> (u32, u32) {
         (self.ns_user(HostId(user)).0, self.ns_group(HostId(group)).0)
@@ -140,6 +153,7 @@ mod tests {
         assert!(!ids.has_user(HostId(0)));
         assert_eq!(ids.host_user(NsId(65536)), None);
         assert_eq!(ids.ns_group(HostId(0)), NsId(5));
+        assert_eq!((ids.lowest(), IdMap::of_own_namespace().lowest()), (Some((0, 5)), None));
         assert_eq!(ids.host_group(NsId(4)), None);
         assert_eq!(ids.ns_user(HostId(NO_ID)), NsId(NO_ID));
         assert_eq!(ids.host_user(NsId(NO_ID)), Some(HostId(NO_ID)));

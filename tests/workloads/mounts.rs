@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    ffi::CString,
+    ffi::{CStr, CString},
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
     os::{
@@ -19,14 +19,19 @@ use std::{
 use crate::{
     Row,
     kit::{Checkpoint, Verdict, same, wait_until},
+    users,
 };
 
 pub const ROWS: &[Row] = &[
     ("mount_namespace", mount_namespace),
+    ("mount_namespace_of_users", mount_namespace_of_users),
     ("mount_namespace_sockets", mount_namespace_sockets),
     ("mount_namespace_of_a_child", of_a_child),
     ("mount_namespaces", mount_namespaces),
 ];
+
+/// What may be mounted twice on a machine.
+const HIDDEN: [&str; 2] = ["/ /dev/shm ", "/ /dev/pts "];
 
 fn c(path: &Path) -> CString {
     CString::new(path.as_os_str().as_bytes()).expect("no NUL")
@@ -122,8 +127,8 @@ fn files(top: &Path) -> Result<Vec<String>, String> {
     Ok(found)
 }
 
-/// Puts files of all types into a directory.
-fn populate(top: &Path) -> Verdict {
+/// Puts files of all types into a directory; with `privileged`, also those that only root makes.
+fn populate(top: &Path, privileged: bool) -> Verdict {
     let dir = top.join("directory");
     fs::create_dir(&dir).map_err(text)?;
     fs::write(dir.join("file"), "the contents of a file").map_err(text)?;
@@ -137,16 +142,23 @@ fn populate(top: &Path) -> Verdict {
     sparse.set_len(1 << 20).map_err(text)?;
     let (fifo, device) = (c(&top.join("fifo")), c(&top.join("null")));
     sys!(mkfifo(fifo.as_ptr(), 0o640))?;
-    sys!(mknod(device.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, 3)))?;
-    let (file, name) = (c(&dir), c"trusted.of.the.test");
+    if privileged {
+        sys!(mknod(device.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, 3)))?;
+    }
+    let (file, name) = (c(&dir), attribute_name(privileged));
     let value = b"an attribute";
     sys!(setxattr(file.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0))?;
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o1750)).map_err(text)
 }
 
-fn attribute(path: &Path) -> Result<Vec<u8>, String> {
+fn attribute_name(privileged: bool) -> &'static CStr {
+    // tmpfs has no `user.` attributes before Linux 6.6.
+    if privileged { c"trusted.of.the.test" } else { c"security.of.the.test" }
+}
+
+fn attribute(path: &Path, privileged: bool) -> Result<Vec<u8>, String> {
     let (file, mut value) = (c(path), vec![0; 64]);
-    let name = c"trusted.of.the.test";
+    let name = attribute_name(privileged);
     let len = sys!(getxattr(file.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()))?;
     value.truncate(usize::try_from(len).expect("not negative"));
     Ok(value)
@@ -156,6 +168,22 @@ fn attribute(path: &Path) -> Result<Vec<u8>, String> {
 /// directories and files, with flags of their own, and with all relations.
 fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
     enter()?;
+    all_kinds(checkpoint, true)
+}
+
+/// The same in a user namespace, to which the mounts belong.
+fn mount_namespace_of_users(checkpoint: &Checkpoint) -> Verdict {
+    users::open_up(checkpoint)?;
+    users::enter(["0 100000 65536\n", "0 300000 65536\n"], None)?;
+    sys!(setgroups(0, std::ptr::null()))?;
+    sys!(setresgid(0, 0, 0))?;
+    sys!(setresuid(0, 0, 0))?;
+    sys!(prctl(libc::PR_SET_DUMPABLE, 1))?;
+    enter()?;
+    all_kinds(checkpoint, false)
+}
+
+fn all_kinds(checkpoint: &Checkpoint, privileged: bool) -> Verdict {
     let top = checkpoint.path("mounts");
     let at = |name: &str| -> Result<PathBuf, String> {
         let path = top.join(name);
@@ -163,8 +191,9 @@ fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
         Ok(path)
     };
     let tmpfs = at("tmpfs")?;
-    mount("a source", &tmpfs, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "size=4m,mode=751")?;
-    populate(&tmpfs)?;
+    let options = "size=4m,mode=751,uid=7,gid=8";
+    mount("a source", &tmpfs, "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, options)?;
+    populate(&tmpfs, privileged)?;
     let stacked = at("stacked")?;
     mount("below", &stacked, "tmpfs", 0, "size=64k")?;
     fs::write(stacked.join("hidden"), "below").map_err(text)?;
@@ -181,7 +210,11 @@ fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
     let file = top.join("file");
     fs::write(&file, "").map_err(text)?;
     mount(&tmpfs.join("another name").display().to_string(), &file, "", libc::MS_BIND, "")?;
-    mount("proc", &at("proc")?, "proc", libc::MS_NOEXEC, "")?;
+    if privileged {
+        mount("proc", &at("proc")?, "proc", libc::MS_NOEXEC, "")?;
+    }
+    let terminals = at("terminals")?;
+    mount("devpts", &terminals, "devpts", 0, "newinstance,ptmxmode=666,mode=620,gid=5")?;
     // Two mounts that share events, one that receives them, one that does both.
     let shared = at("shared")?;
     mount("s", &shared, "tmpfs", 0, "size=64k")?;
@@ -215,12 +248,15 @@ fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
     deleted.write_all(b"a ghost").map_err(text)?;
     fs::remove_file(shared.join("deleted")).map_err(text)?;
     std::env::set_current_dir(tmpfs.join("directory")).map_err(text)?;
-    let mut before = (table()?, files(&tmpfs)?, attribute(&inside)?);
+    let mut before = (table()?, files(&tmpfs)?, attribute(&inside, privileged)?);
     before.1.extend(files(&stacked)?);
     checkpoint.wait();
-    let mut after = (table()?, files(&tmpfs)?, attribute(&inside)?);
+    let mut after = (table()?, files(&tmpfs)?, attribute(&inside, privileged)?);
     after.1.extend(files(&stacked)?);
-    for (was, is) in before.0.iter().zip(&after.0) {
+    // One that another hides for good comes back empty, and as the tree's own.
+    let is_hidden =
+        |line: &String| !privileged && HIDDEN.iter().any(|point| line.starts_with(point));
+    for (was, is) in before.0.iter().zip(&after.0).filter(|(was, _)| !is_hidden(was)) {
         same("a mount", was, is)?;
     }
     same("mounts", before.0.len(), after.0.len())?;
@@ -237,8 +273,10 @@ fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
     same("a deleted file", "a ghost", ghost.as_str())?;
     let here = fs::read_to_string("file").map_err(text)?;
     same("a file in the current directory", "the contents of a file", here.as_str())?;
-    let flags = fs::metadata(tmpfs.join("null")).map_err(text)?.file_type();
-    ensure!(flags.is_char_device(), "not a device");
+    if privileged {
+        let flags = fs::metadata(tmpfs.join("null")).map_err(text)?.file_type();
+        ensure!(flags.is_char_device(), "not a device");
+    }
     // Events reach the same mounts as before.
     mount("e", &shared.join("event"), "tmpfs", 0, "size=4k")?;
     let shown = table()?.iter().filter(|line| line.contains("/event ")).count();

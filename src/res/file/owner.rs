@@ -9,22 +9,20 @@
 //! CRIU's images do not record the owner. Then it is the user of the first process that has the
 //! pipe or socket.
 
-use std::{os::fd::AsFd, rc::Rc, thread};
+use std::{os::fd::AsFd, rc::Rc};
 
 use nix::{
     errno::Errno,
     libc,
-    sys::{
-        prctl::{get_dumpable, set_dumpable},
-        stat::{Mode, fchmod, fstat},
-    },
-    unistd::{Gid, Uid, fchown, getegid, geteuid, setfsgid, setfsuid},
+    sys::stat::{Mode, fchmod, fstat},
+    unistd::{Gid, Uid, fchown, getegid, geteuid},
 };
 
 use super::{Description, FileError, Opened, Result};
 use crate::{
     causes::tell,
     image::proto,
+    sys::process::with_file_ids,
     units::{NO_ID, NsPid},
 };
 
@@ -97,32 +95,23 @@ fn set_owner(fd: impl AsFd, (uid, gid): (u32, u32)) -> nix::Result<bool> {
 /// Calls `make` with the file system user and group ids of the owner of a description, as far
 /// as rcriu may take them.
 ///
-/// `make` runs in a thread of its own, so the calling thread keeps its privileges.
+/// `make` runs in a thread of its own, so the calling thread keeps its ids.
 pub(super) fn as_owner<T: Send>(id: u32, opened: &Opened, make: impl FnOnce() -> T + Send) -> T {
-    let owner = of(id, opened).map(|(uid, gid)| (Uid::from_raw(uid), Gid::from_raw(gid)));
-    let Some((uid, gid)) = owner.filter(|owner| *owner != (geteuid(), getegid())) else {
-        return make();
-    };
-    let dumpable = get_dumpable();
-    let made = thread::scope(|scope| {
-        let made = scope.spawn(|| {
-            // Set the user last: without root's user id, the group id could not be set.
-            setfsgid(gid);
-            setfsuid(uid);
-            make()
-        });
-        made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    // Changing ids has made the whole process undumpable.
-    if let Err(errno) = dumpable.and_then(set_dumpable) {
-        log::debug!("cannot become dumpable again: {errno}");
+    let own = (geteuid().as_raw(), getegid().as_raw());
+    match of(id, opened).filter(|owner| *owner != own) {
+        Some(owner) => with_file_ids(owner, make),
+        None => make(),
     }
-    made
 }
 
 #[cfg(test)]
 mod tests {
-    use nix::unistd::pipe;
+    use std::thread;
+
+    use nix::{
+        sys::prctl::{get_dumpable, set_dumpable},
+        unistd::{pipe, setfsuid},
+    };
 
     use super::*;
 

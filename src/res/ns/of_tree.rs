@@ -231,7 +231,7 @@ impl OfTree {
         match found.first() {
             None => return Ok(roots),
             Some(found) if found.is_first => {
-                roots.set_home(found.pid)?;
+                roots.set_home(found.pid, pids.ids())?;
                 roots.add_to_home(mnt::ids(mnt::table(found.pid)?));
             }
             Some(_) => roots.add_to_home(mnt::ids(proc::mounts()?)),
@@ -242,7 +242,8 @@ impl OfTree {
             };
             let processes = living(tasks).map(Task::witness).filter(is_in);
             let processes = processes.map(|pid| pids.ns(pid));
-            roots.add(&mnt::root_of(found.pid)?, mnt::ids(mnt::table(found.pid)?), processes);
+            let root = mnt::root_of(found.pid, pids.ids())?;
+            roots.add(&root, mnt::ids(mnt::table(found.pid)?), processes);
         }
         Ok(roots)
     }

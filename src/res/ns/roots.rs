@@ -6,7 +6,7 @@ use super::mnt;
 use crate::{
     res::Result,
     sys::root::Root,
-    units::{HostPid, NsPid},
+    units::{HostPid, IdMap, NsPid},
 };
 
 /// One root directory for each mount namespace of a tree.
@@ -34,12 +34,13 @@ impl Default for Roots {
 }
 
 impl Roots {
-    /// Takes the root of the mount namespace of a process for that of the first process.
+    /// Takes the root of the mount namespace of a process for that of the first process. `ids` are the users
+    /// and groups of the tree.
     ///
     /// # Errors
     /// The process is gone, or rcriu may not enter its mount namespace.
-    pub fn set_home(&mut self, pid: HostPid) -> Result<()> {
-        self.spaces[0].root = mnt::root_of(pid)?;
+    pub fn set_home(&mut self, pid: HostPid, ids: &IdMap) -> Result<()> {
+        self.spaces[0].root = mnt::root_of(pid, ids)?;
         Ok(())
     }
 

@@ -213,7 +213,7 @@ impl Wanted {
     pub fn roots(&self, first: HostPid) -> Result<Roots> {
         let mut roots = Roots::default();
         if self.number_of(mnt::FILE).is_some() {
-            roots.set_home(first)?;
+            roots.set_home(first, &self.ids())?;
         }
         for of in self.kinds.iter().filter(|of| of.has_others) {
             let processes = |number: u32| {

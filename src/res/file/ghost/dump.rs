@@ -215,10 +215,12 @@ pub(in crate::res::file) fn link(
             .expect("there are fewer files than numbers");
         // Like CRIU: link by the descriptor, which needs CAP_DAC_READ_SEARCH, or else through
         // /proc.
-        let linked = root.spell(&path).and_then(|path| {
-            let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &*path, AtFlags::AT_EMPTY_PATH);
+        let fd = file.fd.as_fd();
+        let linked = root.make(|| {
+            let path = root.spell(&path)?;
+            let by_descriptor = linkat(fd, "", AT_FDCWD, &*path, AtFlags::AT_EMPTY_PATH);
             by_descriptor.or_else(|_| {
-                let source = descriptor::path_of(file.fd.as_fd());
+                let source = descriptor::path_of(fd);
                 linkat(AT_FDCWD, source.as_str(), AT_FDCWD, &*path, AtFlags::AT_SYMLINK_FOLLOW)
             })
         });

@@ -220,7 +220,16 @@ impl TemporaryName {
         root: &Root,
         path: &[u8],
         suffix: &str,
-        make: impl Fn(&Path) -> nix::Result<()>,
+        make: impl Fn(&Path) -> nix::Result<()> + Sync,
+    ) -> nix::Result<Self> {
+        root.make(|| Self::give_here(root, path, suffix, &make))
+    }
+
+    fn give_here(
+        root: &Root,
+        path: &[u8],
+        suffix: &str,
+        make: &dyn Fn(&Path) -> nix::Result<()>,
     ) -> nix::Result<Self> {
         let path = PathBuf::from(OsString::from_vec(path.to_vec()));
         let mut name = Self {

@@ -2,7 +2,7 @@
 //! shares the descriptors of rcriu.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
@@ -10,15 +10,16 @@ use nix::{errno::Errno, libc, unistd};
 use zerocopy::IntoBytes;
 
 use crate::{
-    inject::{Arg, CallId, Script},
+    causes::HELP,
+    inject::{Arg, CallId, InjectError, Script},
     res::{ResError, Result, ns::Building},
     sys::{
         fds,
         mounts::{
-            AT_RECURSIVE, CLOSE_ON_EXEC, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE,
-            FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSPICK_EMPTY_PATH, MOVE_BY_DESCRIPTORS,
-            MOVE_FROM_DESCRIPTOR, MOVE_MOUNT_SET_GROUP, MountAttributes, OPEN_TREE_CLOEXEC,
-            OPEN_TREE_CLONE,
+            AT_RECURSIVE, CLOSE_ON_EXEC, COPY_AS_IT_IS, FSCONFIG_CMD_CREATE,
+            FSCONFIG_CMD_RECONFIGURE, FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSPICK_EMPTY_PATH,
+            MOVE_BY_DESCRIPTORS, MOVE_FROM_DESCRIPTOR, MOVE_MOUNT_SET_GROUP, MountAttributes,
+            OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE,
         },
     },
 };
@@ -114,6 +115,25 @@ pub(super) fn reconfigure(
     call(&mut script, what, libc::SYS_fsconfig, &arguments);
     call(&mut script, what, libc::SYS_close, &[context.into()]);
     (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Returns a detached copy of the mount on which a path is that does not end with a symbolic link, with that
+/// file or directory as its root.
+pub(super) fn copy_from_path(on: &Building<'_>, path: &CStr, what: &str) -> Result<OwnedFd> {
+    let mut script = Script::new();
+    let path = script.string(path);
+    let arguments = [libc::AT_FDCWD.into(), path.into(), COPY_AS_IT_IS.into()];
+    let copy = call(&mut script, what, libc::SYS_open_tree, &arguments);
+    opened(on, &script, copy).map_err(|error| match error {
+        ResError::Inject(InjectError::Call { source: Errno::EINVAL, .. }) => {
+            let problem = format!(
+                "{what}: this user may not copy a mount without those on it \
+                 (mount_namespaces(7)){HELP}run rcriu restore as root"
+            );
+            super::super::wrong(0, &problem)
+        }
+        error => error,
+    })
 }
 
 /// Returns a detached copy of the mount of a descriptor, whose file or directory becomes its root. The

@@ -50,8 +50,9 @@ const PERMISSIONS: u32 = 0o7777;
 const STACK: usize = 64;
 
 /// Returns a copy of a mount of the namespace of a process, which shows all of it, also what other
-/// mounts hide there.
-pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<OwnedFd> {
+/// mounts hide there. `None` if the mount itself is hidden for good: it came from a more privileged
+/// namespace together with the one above it (`mount_namespaces(7)`).
+pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<Option<OwnedFd>> {
     let failed = |source: io::Error| ResError::Mount {
         point: mount.point.clone(),
         step: "look into",
@@ -60,13 +61,16 @@ pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<OwnedFd> {
     let path = CString::new(mount.point.as_os_str().as_bytes())
         .map_err(|_| failed(Errno::EINVAL.into()))?;
     let device = makedev(mount.device.0.into(), mount.device.1.into());
-    let open = || -> io::Result<OwnedFd> {
+    let open = || -> io::Result<Option<OwnedFd>> {
         for _ in 0..STACK {
             let copy = mounts::copy(&path)?;
             if fstat(&copy)?.st_dev == device {
-                return Ok(copy);
+                return Ok(Some(copy));
             }
-            umount2(path.as_c_str(), MntFlags::MNT_DETACH)?;
+            match umount2(path.as_c_str(), MntFlags::MNT_DETACH) {
+                Err(Errno::EINVAL) => return Ok(None),
+                result => result?,
+            }
         }
         Err(Errno::ENOENT.into())
     };
@@ -80,29 +84,46 @@ pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<OwnedFd> {
     found.map_err(failed)
 }
 
-/// Packs the files of a tmpfs into the image of the device with this number.
+/// Packs the files of a tmpfs into the image of the device with this number. In the user namespace of
+/// process `users`, if it is given: the owners are numbers there. The archive is empty if there is no
+/// `tree`.
 pub(super) fn pack(
-    tree: &OwnedFd,
+    tree: Option<&OwnedFd>,
     mount: &Mount,
     device: u32,
     images: &SnapshotWriter,
+    users: Option<HostPid>,
 ) -> Result<()> {
     let image = images.create(Kind::TmpfsDev, device.into())?;
-    let packed = GzEncoder::new(Sink(image), Compression::fast());
-    let mut packer = Packer { archive: Builder::new(packed), links: HashMap::new() };
-    let failed = |source: io::Error| ResError::Mount {
+    let pack = || pack_into(image, tree);
+    let packed = match users {
+        Some(users) => visit::in_users(users, None, pack),
+        None => pack(),
+    };
+    let image = packed.map_err(|source| ResError::Mount {
         point: mount.point.clone(),
         step: "pack the files of",
         source,
-    };
-    let top = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
-    let mut pending = vec![PathBuf::new()];
-    while let Some(name) = pending.pop() {
-        packer.add(&top, &name, &mut pending).map_err(failed)?;
-    }
-    let Sink(image) = packer.archive.into_inner().and_then(GzEncoder::finish).map_err(failed)?;
+    })?;
     image.finish()?;
     Ok(())
+}
+
+fn pack_into<W: Write>(
+    image: ImageWriter<W>,
+    tree: Option<&OwnedFd>,
+) -> io::Result<ImageWriter<W>> {
+    let packed = GzEncoder::new(Sink(image), Compression::fast());
+    let mut packer = Packer { archive: Builder::new(packed), links: HashMap::new() };
+    if let Some(tree) = tree {
+        let top = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
+        let mut pending = vec![PathBuf::new()];
+        while let Some(name) = pending.pop() {
+            packer.add(&top, &name, &mut pending)?;
+        }
+    }
+    let Sink(image) = packer.archive.into_inner().and_then(GzEncoder::finish)?;
+    Ok(image)
 }
 
 /// Writes into an image.
@@ -207,11 +228,14 @@ impl<W: Write> Packer<W> {
 }
 
 /// Unpacks the files of the mount `point`, if an image has them, into `tree`. Returns whether one has.
+/// In the user namespace of a process and with these ids inside, if they are given: such a file system
+/// takes no files of users whom the namespace does not map.
 pub(super) fn unpack(
     images: &dyn ImageStore,
     (device, mount): (u32, u32),
     point: &Path,
     tree: BorrowedFd,
+    users: Option<(HostPid, (u32, u32))>,
 ) -> Result<bool> {
     let names = [Kind::TmpfsDev.file_name(device.into()), Kind::TmpfsImg.file_name(mount.into())];
     let stored = images.list().map_err(|source| unreadable(images, "", source))?;
@@ -220,13 +244,21 @@ pub(super) fn unpack(
     };
     let input = images.open(&name).map_err(|source| unreadable(images, &name, source))?;
     let failed = |source| ResError::Mount { point: point.to_owned(), step: "unpack", source };
-    let mut archive = Archive::new(MultiGzDecoder::new(input.bytes));
+    let unpack = || unpack_from(input.bytes, tree);
+    let unpacked = match users {
+        Some((pid, ids)) => visit::in_users(pid, Some(ids), unpack),
+        None => unpack(),
+    };
+    unpacked.map(|()| true).map_err(failed)
+}
+
+fn unpack_from(packed: impl Read, tree: BorrowedFd) -> io::Result<()> {
+    let mut archive = Archive::new(MultiGzDecoder::new(packed));
     let mut unpacker = Unpacker { tree, directories: Vec::new() };
-    for entry in archive.entries().map_err(failed)? {
-        unpacker.make(&mut entry.map_err(failed)?).map_err(failed)?;
+    for entry in archive.entries()? {
+        unpacker.make(&mut entry?)?;
     }
-    unpacker.finish().map_err(failed)?;
-    Ok(true)
+    unpacker.finish()
 }
 
 fn unreadable(images: &dyn ImageStore, name: &str, source: io::Error) -> ResError {
@@ -387,7 +419,16 @@ fn copy(from: &mut impl Read, to: &mut File) -> io::Result<()> {
 }
 
 fn set(path: &Path, attributes: &Attributes, is_link: bool) -> io::Result<()> {
-    lchown(path, Some(attributes.uid), Some(attributes.gid))?;
+    match lchown(path, Some(attributes.uid), Some(attributes.gid)) {
+        // The user namespace has no such ids.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => log::warn!(
+            "{}: no user {} or no group {} in the user namespace: not set",
+            path.display(),
+            attributes.uid,
+            attributes.gid
+        ),
+        result => result?,
+    }
     if !is_link {
         fs::set_permissions(path, fs::Permissions::from_mode(attributes.mode))?;
         for (name, value) in &attributes.xattrs {

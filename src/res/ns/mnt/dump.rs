@@ -10,6 +10,7 @@ use crate::{
     image::{Kind, SnapshotWriter, proto::MntEntry},
     proc::Mount,
     res::{Result, ns::Dumped},
+    units::{HostId, IdMap},
 };
 
 /// Flags of mounts in the images: `MS_*` (`linux/mount.h`) by their names in `mountinfo`.
@@ -38,7 +39,7 @@ pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
     let found = survey::look(all)?;
     for (space, of) in all.iter().enumerate() {
         let in_it = found.iter().filter(|found| found.space == space);
-        let entries: Vec<MntEntry> = in_it.map(entry).collect();
+        let entries: Vec<MntEntry> = in_it.map(|found| entry(found, of.ids)).collect();
         images.write(Kind::Mnts, of.number.into(), &entries)?;
     }
     let mut packed = HashSet::new();
@@ -46,14 +47,22 @@ pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
         let has_content =
             mount.fs_type == b"tmpfs" && matches!(source, Source::New(_) | Source::Root(None));
         if has_content && packed.insert(mount.device) {
-            let tree = contents::reach(all[*space].pid, mount)?;
-            contents::pack(&tree, mount, kernel_device(mount.device), images)?;
+            let Dumped { pid, ids, .. } = all[*space];
+            let users = (!ids.is_own_namespace()).then_some(pid);
+            let tree = contents::reach(pid, mount)?;
+            if tree.is_none() {
+                log::warn!(
+                    "the tmpfs at {} is hidden for good by another mount there: a restore makes it empty",
+                    mount.point.display()
+                );
+            }
+            contents::pack(tree.as_ref(), mount, kernel_device(mount.device), images, users)?;
         }
     }
     Ok(())
 }
 
-fn entry(found: &Found) -> MntEntry {
+fn entry(found: &Found, ids: &IdMap) -> MntEntry {
     let Found { mount, source, .. } = found;
     let names = mount.flags.split(|byte| *byte == b',');
     let (sb_flags, options) = split(&mount.options, &FILE_SYSTEM_FLAGS);
@@ -65,7 +74,11 @@ fn entry(found: &Found) -> MntEntry {
         (_, None) => (UNKNOWN, None),
     };
     // The kernel does not show that an instance is a new one, which CRIU wants to know.
-    let mut options = options;
+    let mut options = if is_new || *source == Source::Root(None) {
+        with_owners_inside(&options, ids)
+    } else {
+        options
+    };
     if is_new && mount.fs_type == b"devpts" {
         options = [&b"newinstance,"[..], &options].concat();
     }
@@ -93,6 +106,30 @@ fn entry(found: &Found) -> MntEntry {
         ext_key,
         ..Default::default()
     }
+}
+
+/// Turns users and groups in the options of a file system (`uid=`, `gid=`), which the kernel shows as
+/// those of the first user namespace, into those of the tree. Leaves out what its namespace does not map:
+/// there the option could not be given.
+fn with_owners_inside(options: &[u8], ids: &IdMap) -> Vec<u8> {
+    let translate = |option: &[u8]| -> Option<Vec<u8>> {
+        let text = str::from_utf8(option).unwrap_or_default();
+        let (key, number) = match text.split_once('=') {
+            Some((key @ ("uid" | "gid"), value)) => (key, value.parse().ok()?),
+            _ => return Some(option.to_vec()),
+        };
+        let inside = if key == "uid" {
+            ids.has_user(HostId(number)).then(|| ids.ns_user(HostId(number)))
+        } else {
+            ids.has_group(HostId(number)).then(|| ids.ns_group(HostId(number)))
+        };
+        if inside.is_none() {
+            log::warn!("no {text} in the user namespace of the tree: left out of the options");
+        }
+        inside.map(|id| format!("{key}={}", id.0).into_bytes())
+    };
+    let options = options.split(|byte| *byte == b',').filter_map(translate);
+    options.collect::<Vec<_>>().join(&b',')
 }
 
 fn propagation(mount: &Mount) -> u32 {
@@ -125,11 +162,24 @@ fn split(options: &[u8], known: &[(&str, u32)]) -> (u32, Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::IdRange;
 
     #[test]
     fn options_of_file_systems_are_split() {
         let (flags, rest) = split(b"ro,size=64k,lazytime,mode=755,seclabel", &FILE_SYSTEM_FLAGS);
         assert_eq!((flags, rest.as_slice()), (1 | 1 << 25, &b"size=64k,mode=755"[..]));
         assert_eq!(split(b"rw", &FILE_SYSTEM_FLAGS), (0, Vec::new()));
+    }
+
+    #[test]
+    fn owners_in_options_are_those_of_the_tree() {
+        let range = |inside, outside| IdRange { inside, outside, count: 10 };
+        let ids = IdMap::new(vec![range(0, 1000)], vec![range(5, 2000)]);
+        let inside = |text: &[u8]| String::from_utf8(with_owners_inside(text, &ids)).unwrap();
+        assert_eq!(inside(b"size=64k,uid=1003,gid=2000,mode=620"), "size=64k,uid=3,gid=5,mode=620");
+        assert_eq!(inside(b"uid=7,gid=2010,uid=x,ptmxmode=666"), "ptmxmode=666");
+        let own = IdMap::of_own_namespace();
+        assert_eq!(with_owners_inside(b"uid=7,mode=1", &own), b"uid=7,mode=1");
+        assert_eq!(with_owners_inside(b"", &own), b"");
     }
 }

@@ -37,7 +37,7 @@ use crate::{
     image::{ImageStore, SnapshotWriter, proto::TaskKobjIdsEntry},
     res::Result,
     sys::root::Root,
-    units::{HostPid, NsPid},
+    units::{HostPid, IdMap, NsPid},
 };
 
 /// The name of the file in `/proc/PID/ns`.
@@ -217,6 +217,10 @@ impl Restoring for Mounts {
         true
     }
 
+    fn translate(&mut self, ids: &IdMap) {
+        self.0.ids = ids.clone();
+    }
+
     fn build(&mut self, on: &Building<'_>) -> Result<()> {
         self.0.build(on)
     }
@@ -228,15 +232,17 @@ impl Restoring for Mounts {
 
 pub(super) use survey::{ids, table};
 
-/// Returns the root directory in which paths of a process are looked up: that of its mount namespace.
+/// Returns the root directory in which paths of a process are looked up: that of its mount namespace. `ids`
+/// are the users and groups of the tree.
 ///
 /// # Errors
 /// The process is gone, or rcriu may not enter its namespace.
-pub(super) fn root_of(pid: HostPid) -> Result<Root> {
-    Root::of(pid).map_err(|source| crate::res::ResError::Read {
+pub(super) fn root_of(pid: HostPid, ids: &IdMap) -> Result<Root> {
+    let root = Root::of(pid).map_err(|source| crate::res::ResError::Read {
         path: PathBuf::from(format!("/proc/{pid}/ns/{FILE}")),
         source,
-    })
+    });
+    Ok(root?.made_by(ids.lowest_here()))
 }
 
 /// Returns the device number of a mount as the images have it.

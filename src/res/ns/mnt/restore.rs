@@ -33,7 +33,7 @@ use crate::{
         root::{self, Root},
         tty::{self, Question},
     },
-    units::NsPid,
+    units::{IdMap, NsPid},
 };
 
 /// The most mounts of a namespace, as the kernel allows by default (`fs.mount-max`).
@@ -133,6 +133,8 @@ pub(super) struct Plan {
     mounts: Vec<Mount>,
     /// Whether mounts outside may be related to them.
     related: bool,
+    /// The users and groups of the tree.
+    pub(super) ids: IdMap,
 }
 
 /// The mounts of a plan, attached nowhere.
@@ -199,7 +201,7 @@ impl Plan {
             }
         }
         let related = options.masters || options.sharing;
-        Ok(Self { home: home.clone(), spaces, mounts, related })
+        Ok(Self { home: home.clone(), spaces, mounts, related, ids: IdMap::default() })
     }
 
     /// Makes the namespaces and their mounts. That of the first process is a copy of that of rcriu, or
@@ -222,7 +224,7 @@ impl Plan {
             calls::replace_root(on, made[*root].as_fd(), std::mem::take(&mut attached))?;
             self.attach(on, *root, &made)?;
             if !is_home {
-                self.spaces[at].directory = Some(root_of(on.first)?);
+                self.spaces[at].directory = Some(root_of(on.first, &self.ids)?);
             }
         }
         self.relate(on, &made, &outside)?;
@@ -276,23 +278,23 @@ impl Plan {
             };
             match &mount.source {
                 Source::Path(path) => {
-                    made[at] = Some(from_host(mount, path)?);
+                    made[at] = Some(from_host(on, mount, path)?);
                     if self.related {
-                        outside.insert(at, from_host(mount, path)?);
+                        outside.insert(at, from_host(on, mount, path)?);
                     }
                     if is_bound {
-                        let original = from_host(mount, path)?;
+                        let original = from_host(on, mount, path)?;
                         attach(&original)?;
                         originals.insert(at, original);
                     }
                 }
                 Source::New(name) if is_bound => {
-                    let original = new(on, mount, name)?;
+                    let original = self.make_anew(on, mount, name)?;
                     attach(&original)?;
                     made[at] = Some(calls::copy(on, original.as_fd(), &mount.what("copy"))?);
                     originals.insert(at, original);
                 }
-                Source::New(name) => made[at] = Some(new(on, mount, name)?),
+                Source::New(name) => made[at] = Some(self.make_anew(on, mount, name)?),
                 Source::Bind(..) => {}
             }
         }
@@ -302,7 +304,7 @@ impl Plan {
             let Source::Bind(from, rest) = &mount.source else { continue };
             let source = &self.mounts[*from].source;
             if let (Source::Path(path), None) = (source, self.original_of(mount)) {
-                made[at] = Some(from_host(mount, path)?);
+                made[at] = Some(from_host(on, mount, path)?);
                 continue;
             }
             let from = originals.get(from).ok_or_else(missing)?;
@@ -332,6 +334,57 @@ impl Plan {
             calls::set(on, fd.as_fd(), attributes, &mount.what("set the flags of the mount at"))?;
         }
         Ok(Made { mounts: made, outside, attached: originals.len() })
+    }
+
+    /// Mounts a file system anew, with its contents.
+    fn make_anew(&self, on: &Building<'_>, mount: &Mount, name: &[u8]) -> Result<OwnedFd> {
+        let entry = &mount.entry;
+        let sb_flags = mount.sb_flags();
+        let mut parameters: Vec<calls::Parameter> = Vec::new();
+        if !entry.source.is_empty() {
+            parameters.push((b"source".to_vec(), Some(entry.source.clone())));
+        }
+        let flags = FILE_SYSTEM_FLAGS.iter().filter(|(flag, _)| sb_flags & flag != 0);
+        parameters.extend(flags.map(|(_, name)| (name.to_vec(), None)));
+        let is_overlay = name == b"overlay";
+        for option in entry.options.split(|byte| *byte == b',').filter(|option| !option.is_empty())
+        {
+            let equals = option.iter().position(|byte| *byte == b'=');
+            let (key, value) = match equals {
+                Some(at) => (&option[..at], Some(&option[at + 1..])),
+                None => (option, None),
+            };
+            match value {
+                // Too long for one value: layer by layer, since Linux 6.7.
+                Some(layers) if is_overlay && key == b"lowerdir" && layers.len() > VALUE_BYTES => {
+                    let layers = layers.split(|byte| *byte == b':');
+                    let layer = |layer: &[u8]| (b"lowerdir+".to_vec(), Some(layer.to_vec()));
+                    parameters.extend(layers.map(layer));
+                }
+                value => parameters.push((key.to_vec(), value.map(<[u8]>::to_vec))),
+            }
+        }
+        let is_kernels = FileSystem::by_name(name)
+            .is_some_and(|known| matches!(known.content, Content::Kernel(_)));
+        let is_read_only = sb_flags & READ_ONLY != 0;
+        // Others may use the same file system: do not change it.
+        if is_read_only && is_kernels {
+            parameters.push((b"ro".to_vec(), None));
+        }
+        let shown = String::from_utf8_lossy(name);
+        let what = mount.what(&format!("mount {shown} at"));
+        let made = calls::make(on, name, &parameters, &what)?;
+        if name == b"tmpfs" {
+            let users = self.ids.lowest().map(|ids| (on.first, ids));
+            let numbers = (entry.root_dev, entry.mnt_id);
+            if !contents::unpack(&**on.images, numbers, &mount.point, made.as_fd(), users)? {
+                log::warn!("the images have no contents of the tmpfs at {}", mount.point.display());
+            }
+        }
+        if is_read_only && !is_kernels {
+            calls::reconfigure(on, made.as_fd(), b"ro", &what)?;
+        }
+        Ok(made)
     }
 
     /// Attaches all mounts of a namespace to their mount points; `root` is the position of its root mount.
@@ -412,7 +465,9 @@ impl Plan {
                     }
                     Some((_, None)) => match outside.get(&at) {
                         Some(other) => {
-                            calls::join(on, made[at].as_fd(), other.as_fd(), &what)?;
+                            // The first process may have no power over mounts outside.
+                            mounts::join(made[at].as_fd(), other.as_fd())
+                                .map_err(failed(mount, "join the groups outside of"))?;
                             propagate(at, libc::MS_SLAVE)?;
                         }
                         None => log::warn!(
@@ -670,8 +725,9 @@ fn failed(mount: &Mount, step: &'static str) -> impl Fn(Errno) -> ResError {
     move |errno| ResError::Mount { point: point.clone(), step, source: errno.into() }
 }
 
-/// Copies a mount of rcriu.
-fn from_host(mount: &Mount, path: &Path) -> Result<OwnedFd> {
+/// Copies a mount of rcriu; without the power to do that, the one that the namespace of the first process
+/// has inherited.
+fn from_host(on: &Building<'_>, mount: &Mount, path: &Path) -> Result<OwnedFd> {
     let path = path.canonicalize().map_err(|source| ResError::Mount {
         point: mount.point.clone(),
         step: "find what to bind for",
@@ -679,54 +735,8 @@ fn from_host(mount: &Mount, path: &Path) -> Result<OwnedFd> {
     })?;
     let invalid = |_| failed(mount, "bind")(Errno::EINVAL);
     let path = CString::new(path.as_os_str().as_bytes()).map_err(invalid)?;
-    mounts::copy(&path).map_err(failed(mount, "bind"))
-}
-
-/// Mounts a file system anew, with its contents.
-fn new(on: &Building<'_>, mount: &Mount, name: &[u8]) -> Result<OwnedFd> {
-    let entry = &mount.entry;
-    let sb_flags = mount.sb_flags();
-    let mut parameters: Vec<calls::Parameter> = Vec::new();
-    if !entry.source.is_empty() {
-        parameters.push((b"source".to_vec(), Some(entry.source.clone())));
+    match mounts::copy(&path) {
+        Err(Errno::EPERM) => calls::copy_from_path(on, &path, &mount.what("bind the mount at")),
+        copy => copy.map_err(failed(mount, "bind")),
     }
-    let flags = FILE_SYSTEM_FLAGS.iter().filter(|(flag, _)| sb_flags & flag != 0);
-    parameters.extend(flags.map(|(_, name)| (name.to_vec(), None)));
-    let is_overlay = name == b"overlay";
-    for option in entry.options.split(|byte| *byte == b',').filter(|option| !option.is_empty()) {
-        let equals = option.iter().position(|byte| *byte == b'=');
-        let (key, value) = match equals {
-            Some(at) => (&option[..at], Some(&option[at + 1..])),
-            None => (option, None),
-        };
-        match value {
-            // Too long for one value: layer by layer, since Linux 6.7.
-            Some(layers) if is_overlay && key == b"lowerdir" && layers.len() > VALUE_BYTES => {
-                let layers = layers.split(|byte| *byte == b':');
-                let layer = |layer: &[u8]| (b"lowerdir+".to_vec(), Some(layer.to_vec()));
-                parameters.extend(layers.map(layer));
-            }
-            value => parameters.push((key.to_vec(), value.map(<[u8]>::to_vec))),
-        }
-    }
-    let is_kernels =
-        FileSystem::by_name(name).is_some_and(|known| matches!(known.content, Content::Kernel(_)));
-    let is_read_only = sb_flags & READ_ONLY != 0;
-    // Others may use the same file system: do not change it.
-    if is_read_only && is_kernels {
-        parameters.push((b"ro".to_vec(), None));
-    }
-    let shown = String::from_utf8_lossy(name);
-    let what = mount.what(&format!("mount {shown} at"));
-    let made = calls::make(on, name, &parameters, &what)?;
-    if name == b"tmpfs" {
-        let numbers = (entry.root_dev, entry.mnt_id);
-        if !contents::unpack(&**on.images, numbers, &mount.point, made.as_fd())? {
-            log::warn!("the images have no contents of the tmpfs at {}", mount.point.display());
-        }
-    }
-    if is_read_only && !is_kernels {
-        calls::reconfigure(on, made.as_fd(), b"ro", &what)?;
-    }
-    Ok(made)
 }

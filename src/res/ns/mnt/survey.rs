@@ -17,7 +17,10 @@ use super::{Content, FileSystem, Options, below};
 use crate::{
     causes::tell,
     proc::{self, Mount},
-    res::{ResError, Result, ns::Dumped},
+    res::{
+        ResError, Result,
+        ns::{Dumped, user},
+    },
     sys::visit,
     units::{HostPid, TargetFd},
 };
@@ -193,9 +196,15 @@ impl Survey<'_> {
             && is_whole
         {
             // In a namespace of the tree, a new mount shows that namespace.
-            let is_foreign = namespace.is_some_and(|kind| space.own.contains(kind));
-            if !is_foreign || from_host.is_none() {
-                return Ok(Source::New(Some(known)));
+            let is_own = namespace.is_some_and(|kind| space.own.contains(kind));
+            let is_powerless = space.own.contains(user::FILE) && !is_own;
+            match (&from_host, is_own, is_powerless) {
+                (None, _, true) => {
+                    let what = "that the user namespace of the tree has no power to mount again";
+                    return Err(self.refused(at, what, help));
+                }
+                (None, ..) | (Some(_), false, false) => return Ok(Source::New(Some(known))),
+                (Some(_), ..) => {}
             }
         }
         // Files that the tree shares with its root or with an external mount stay the same files.

@@ -229,8 +229,9 @@ pub(super) fn bind(
         held::retry(|| socket::bind_unix(fd, &entry.name)).map_err(restored.failed("bind"))?;
         return Ok(None);
     }
-    let file =
-        thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored, root)).join());
+    let file = root.make(|| {
+        thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored, root)).join())
+    });
     let file = file.expect("binding does not panic")?;
     set_permissions(file.as_fd(), entry, restored)?;
     Ok(Some(file))
