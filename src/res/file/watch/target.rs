@@ -52,7 +52,7 @@ struct Place<'a> {
     process: Option<HostPid>,
 }
 
-/// A directory on each mount of each file system, by device.
+/// The mount point of each mount of each file system, by device.
 #[derive(Debug, Default)]
 struct Mounts(HashMap<u32, Vec<OwnedFd>>);
 
@@ -68,8 +68,11 @@ impl Mounts {
                 };
                 let mounts = mounts.unwrap_or_default();
                 let ours = mounts.iter().filter(|mount| mount.device == (major, minor));
+                // The kernel takes no O_PATH descriptor with a handle.
                 let open = |point: &PathBuf| {
-                    descriptor::name(place.root, point.as_os_str().as_bytes(), DIRECTORY).ok()
+                    let name =
+                        descriptor::name(place.root, point.as_os_str().as_bytes(), DIRECTORY);
+                    name.and_then(|name| descriptor::reopen(name.as_fd(), DIRECTORY)).ok()
                 };
                 new.insert(ours.filter_map(|mount| open(&mount.point)).collect())
             }
@@ -78,30 +81,36 @@ impl Mounts {
 
     /// Opens a file by its handle, in such a way that the link of the descriptor is its path if it
     /// has one.
-    fn open(&mut self, file: &WatchedInode, place: Place<'_>) -> Option<OwnedFd> {
+    fn open(&mut self, file: &WatchedInode, place: Place<'_>) -> Option<ByHandle> {
         let handle = file.handle.as_ref()?;
         let mut fallback = None;
         for mount in self.of(file.device, place) {
-            let open = |mount: BorrowedFd| watch::open_by_handle(mount, handle.kind, &handle.bytes);
-            // Older kernels take no O_PATH descriptor.
-            let opened = match open(mount.as_fd()) {
-                Err(Errno::EBADF) => descriptor::reopen(mount.as_fd(), DIRECTORY)
-                    .and_then(|mount| open(mount.as_fd())),
-                opened => opened,
-            };
+            let opened = watch::open_by_handle(mount.as_fd(), handle.kind, &handle.bytes);
             let Ok(opened) = opened else { continue };
             let Ok(stat) = fstat(&opened) else { continue };
             if stat.st_ino != file.inode {
                 continue;
             }
-            let leads_to = |path: PathBuf| leads_to(place.root, &path, stat.st_dev, stat.st_ino);
-            if link(opened.as_fd()).is_some_and(leads_to) {
-                return Some(opened);
+            let path = link(opened.as_fd())
+                .filter(|path| leads_to(place.root, path, stat.st_dev, stat.st_ino));
+            let has_path = path.is_some();
+            let found = ByHandle { fd: opened, stat, path };
+            if has_path {
+                return Some(found);
             }
-            fallback.get_or_insert(opened);
+            fallback.get_or_insert(found);
         }
         fallback
     }
+}
+
+/// A file that was opened by its handle.
+#[derive(Debug)]
+struct ByHandle {
+    fd: OwnedFd,
+    stat: libc::stat,
+    /// A path that leads to it, if it has one.
+    path: Option<PathBuf>,
 }
 
 /// Returns what `/proc` shows as the path of a descriptor.
@@ -183,12 +192,9 @@ impl Finder {
             return Ok(with(path));
         }
         let found = self.mounts.open(file, place);
-        if let Some(fd) = &found {
-            let stat = fstat(fd).map_err(of.failed("look at a file watched by"))?;
-            if let Some(path) = link(fd.as_fd())
-                && leads_to(root, &path, stat.st_dev, stat.st_ino)
-            {
-                return Ok(with(path));
+        if let Some(ByHandle { stat, path, .. }) = &found {
+            if let Some(path) = path {
+                return Ok(with(path.clone()));
             }
             if stat.st_nlink == 0 {
                 let key = (stat.st_dev, stat.st_ino);
@@ -197,8 +203,8 @@ impl Finder {
                 return Ok(entry);
             }
         }
-        let is_lasting = found.is_some_and(|fd| {
-            fstatfs(&fd).is_ok_and(|found| found.filesystem_type() != TMPFS_MAGIC)
+        let is_lasting = found.is_some_and(|found| {
+            fstatfs(&found.fd).is_ok_and(|found| found.filesystem_type() != TMPFS_MAGIC)
         });
         match self.scanned.find_near(root, of.pid, file.device, file.inode) {
             Some(path) => Ok(with(path)),
@@ -243,7 +249,8 @@ impl Reopener {
         }
         let file = WatchedInode { inode, device, handle: Some(to_handle(id, handle)?) };
         let process = opened.helpers.first().filter(|_| !root.is_own());
-        self.0.open(&file, Place { root, process }).ok_or_else(|| {
+        let found = self.0.open(&file, Place { root, process });
+        found.map(|found| found.fd).ok_or_else(|| {
             let (major, minor) = (device >> MINOR_BITS, device & ((1 << MINOR_BITS) - 1));
             let problem = format!(
                 "it watches inode {inode} of the device {major}:{minor}, which is not there\nhelp: dump \
@@ -309,7 +316,8 @@ mod tests {
         let place = Place { root: &Root::own(), process: None };
         let found = Mounts::default().open(&watches[0].file, place).unwrap();
         let expected = dir.path().canonicalize().unwrap();
-        assert_eq!(link(found.as_fd()), Some(expected));
+        assert_eq!(link(found.fd.as_fd()), Some(expected.clone()));
+        assert_eq!(found.path, Some(expected));
         let gone = WatchedInode { inode: 1, ..watches[0].file.clone() };
         assert!(Mounts::default().open(&gone, place).is_none());
     }
