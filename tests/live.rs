@@ -384,6 +384,7 @@ states! {
     mount_namespace, elsewhere: restored;
     mount_namespace_of_a_child;
     mount_namespaces;
+    mount_namespace_below_its_root;
     mount_namespace_sockets;
     mount_namespace_of_users, elsewhere: restored;
     time_namespace;
@@ -564,6 +565,11 @@ fn restored_from_a_mount(name: &str, work_dir_given: bool) {
 #[test]
 fn privileged_restored_from_a_mount_with_shared_memory() {
     restored_from_a_mount("shared_anon", true);
+}
+
+#[test]
+fn privileged_restored_from_a_mount_with_several_mount_namespaces() {
+    restored_from_a_mount("mount_namespaces", true);
 }
 
 #[test]

@@ -28,6 +28,7 @@ pub const ROWS: &[Row] = &[
     ("mount_namespace_sockets", mount_namespace_sockets),
     ("mount_namespace_of_a_child", of_a_child),
     ("mount_namespaces", mount_namespaces),
+    ("mount_namespace_below_its_root", below_its_root),
 ];
 
 /// What may be mounted twice on a machine.
@@ -51,10 +52,17 @@ fn mount(source: &str, target: &Path, name: &str, flags: u64, options: &str) -> 
     Ok(())
 }
 
-/// Moves into a mount namespace whose changes reach no other.
-fn enter() -> Verdict {
+/// Moves into a mount namespace whose changes reach no other, without the mounts of other tests.
+pub fn enter() -> Verdict {
     sys!(unshare(libc::CLONE_NEWNS))?;
-    mount("none", Path::new("/"), "", libc::MS_PRIVATE | libc::MS_REC, "")
+    mount("none", Path::new("/"), "", libc::MS_PRIVATE | libc::MS_REC, "")?;
+    let whole = fs::read_to_string("/proc/self/mountinfo").map_err(text)?;
+    let points = whole.lines().filter_map(|line| line.split(' ').nth(4));
+    for point in points.filter(|point| point.starts_with("/tmp/")) {
+        // One that is below another is gone already.
+        let _ = sys!(umount2(c(Path::new(point)).as_ptr(), libc::MNT_DETACH));
+    }
+    Ok(())
 }
 
 fn text(error: std::io::Error) -> String {
@@ -367,7 +375,6 @@ fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
     let dir = checkpoint.path("directory");
     fs::create_dir(&dir).map_err(text)?;
     let outside = Opened::create(dir.join("file"), "outside of the namespace")?;
-    let machines = table()?;
     let child = checkpoint.fork(|child| {
         enter()?;
         mount("t", &dir, "tmpfs", 0, "size=64k")?;
@@ -393,7 +400,11 @@ fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
         inside.check()
     })?;
     checkpoint.wait();
-    same("mounts of the machine", machines.len(), table()?.len())?;
+    let point = dir.display().to_string();
+    ensure!(
+        !table()?.iter().any(|line| line.contains(&point)),
+        "the child's mount is the machine's"
+    );
     child.join()?;
     outside.check()
 }
@@ -499,4 +510,51 @@ fn mount_namespaces(checkpoint: &Checkpoint) -> Verdict {
     fs::write(common.join("sent"), "").map_err(text)?;
     first.join()?;
     second.join()
+}
+
+/// A tree of which a part has a root that is a directory of a file system which is mounted nowhere else,
+/// as bubblewrap makes it.
+fn below_its_root(checkpoint: &Checkpoint) -> Verdict {
+    let top = checkpoint.path("mounts");
+    fs::create_dir(&top).map_err(text)?;
+    let child = checkpoint.fork(|child| {
+        enter()?;
+        mount("t", &top, "tmpfs", libc::MS_NOSUID, "size=64k")?;
+        let new = top.join("new");
+        let dir = top.parent().expect("a directory");
+        let seen = new.join(dir.strip_prefix("/").map_err(|error| error.to_string())?);
+        for path in
+            [&new.join("old"), &new.join("proc"), &new.join("bound"), &new.join("a/b"), &seen]
+        {
+            fs::create_dir_all(path).map_err(text)?;
+        }
+        mount(&new.display().to_string(), &new, "", libc::MS_BIND, "")?;
+        mount("proc", &new.join("proc"), "proc", 0, "")?;
+        mount(&dir.display().to_string(), &seen, "", libc::MS_BIND, "")?;
+        mount(&new.join("a/b").display().to_string(), &new.join("bound"), "", libc::MS_BIND, "")?;
+        std::env::set_current_dir(&new).map_err(text)?;
+        // SAFETY: both strings outlive the call.
+        let moved = unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c"old".as_ptr()) };
+        ensure!(moved == 0, "pivot_root: {}", std::io::Error::last_os_error());
+        std::env::set_current_dir("/").map_err(text)?;
+        sys!(umount2(c"/old".as_ptr(), libc::MNT_DETACH))?;
+        let file = Opened::create("/a/b/file".into(), "a file below the root")?;
+        let points = || {
+            Ok::<_, String>(
+                table()?
+                    .iter()
+                    .filter_map(|line| line.split(' ').nth(1).map(str::to_owned))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        let before = points()?;
+        child.wait();
+        same("mount points", before, points()?)?;
+        let bound = fs::read_to_string("/bound/file").map_err(text)?;
+        same("a file of a mount of the root", "a file below the root", bound.as_str())?;
+        file.check()
+    })?;
+    checkpoint.wait();
+    ensure!(fs::read_dir(&top).map_err(text)?.next().is_none(), "it sees the root of the child");
+    child.join()
 }

@@ -406,11 +406,7 @@ fn network_namespaces(checkpoint: &Checkpoint) -> Verdict {
     let first = checkpoint.fork(|child| {
         enter(ADDRESS)?;
         ip("link add name bridge address 02:00:00:00:00:01 type bridge")?;
-        sys!(unshare(libc::CLONE_NEWNS))?;
-        let slave = libc::MS_SLAVE | libc::MS_REC;
-        sys!(mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), slave, std::ptr::null()))?;
-        let private = libc::MS_PRIVATE | libc::MS_REC;
-        sys!(mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), private, std::ptr::null()))?;
+        crate::mounts::enter()?;
         sys!(mount(c"s".as_ptr(), c"/sys".as_ptr(), c"sysfs".as_ptr(), 0, std::ptr::null()))?;
         let sockets = Sockets::open("first")?;
         let before = seen()?;

@@ -195,7 +195,9 @@ impl Plan {
             }
         }
         let mut whole: HashMap<u32, usize> = HashMap::new();
-        for at in 0..mounts.len() {
+        // Mounts may be bound from the roots of their namespaces.
+        let roots = spaces.iter().map(|space| space.root);
+        for at in roots.chain(0..mounts.len()) {
             if mounts[at].source == Source::New(Vec::new()) {
                 mounts[at].source = reader.derived(&mounts, at, &mut whole)?;
             }
@@ -609,7 +611,10 @@ impl Reader<'_> {
             |other: &&(usize, &Mount)| other.1.entry.root_dev == device && other.0 != at;
         let others = || mounts.iter().enumerate();
         let from = others().filter(|other| of_device(&other)).find_map(|(other, from)| {
-            let is_there = matches!(from.source, Source::Path(_)) || self.is_home_root(other, from);
+            let is_made = matches!(&from.source, Source::New(name) if !name.is_empty());
+            let is_there = matches!(from.source, Source::Path(_))
+                || self.is_home_root(other, from)
+                || is_made && self.is_root(other, from);
             let rest = below(&mount.root, &from.root)?;
             is_there.then(|| Source::Bind(other, rest.to_owned()))
         });
@@ -617,8 +622,10 @@ impl Reader<'_> {
             return Ok(source);
         }
         let is_whole = |mount: &Mount| mount.root == Path::new("/");
-        // It is bound in the namespace of the first process, or is the only mount of its file system.
-        if self.is_root(at, mount) && self.name(mount).is_err() {
+        // It is the only mount of its file system.
+        let is_alone =
+            || !others().any(|(_, other)| other.entry.root_dev == device && is_whole(other));
+        if self.is_root(at, mount) && (self.name(mount).is_err() || is_alone()) {
             return self.root(mount, None);
         }
         if let Some(other) = whole.get(&device) {

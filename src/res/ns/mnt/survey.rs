@@ -250,6 +250,10 @@ impl Survey<'_> {
         if is_mounted {
             return Ok(Source::Bind);
         }
+        // As bubblewrap makes it: the images have what the root shows.
+        if is_root && mount.fs_type == b"tmpfs" {
+            return Ok(Source::Root(None));
+        }
         let what =
             format!("of {}, while no mount shows the whole file system", mount.root.display());
         Err(self.refused(at, &what, help))
