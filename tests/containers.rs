@@ -8,6 +8,7 @@ mod common;
 use std::{
     fs,
     io::{Read, Write},
+    net::{TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{
@@ -21,7 +22,7 @@ use std::{
 
 use common::{
     Cap,
-    live::{directory, engine, wait_for},
+    live::{PATIENCE, directory, engine, wait_for},
     mounted::Mounted,
     require, slow,
 };
@@ -306,6 +307,69 @@ fn privileged_connections_in_a_network_namespace_of_runc_go_on() {
     assert!(container.counts_on() > reached);
 }
 
+/// Removes the network namespace from the configuration, or puts another one into it.
+fn set_network(config: &mut Value, path: Option<&str>) {
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|one| one["type"] != "network");
+    namespaces.extend(path.map(|path| json!({"type": "network", "path": path})));
+}
+
+/// The client of a server with the network of the host stays connected.
+#[test]
+fn privileged_a_container_of_runc_with_the_network_of_the_host_goes_on() {
+    needs();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let command = format!("nc -ll -p {port} -e /bin/cat & {COUNT}");
+    let container = Container::start(&command, |config| set_network(config, None));
+    let mut client = None;
+    wait_for("the server", || {
+        client = TcpStream::connect(("127.0.0.1", port)).ok();
+        client.is_some()
+    });
+    let mut client = client.unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut talk = |word: &[u8]| {
+        client.write_all(word).unwrap();
+        let mut answer = vec![0; word.len()];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(answer, word);
+    };
+    talk(b"before");
+    let reached = container.counts_on();
+    container.checkpoint("1", &["--tcp-established"]);
+    container.restore(&container.path("1"), &["--tcp-established"]);
+    assert!(container.counts_on() > reached);
+    talk(b"after");
+}
+
+/// A network namespace that another program has made: runc gives it to the restore by its file.
+#[test]
+fn privileged_a_container_of_runc_returns_into_a_network_namespace_that_exists() {
+    needs();
+    require(Cap::Program("unshare"));
+    let dir = directory();
+    let ready = dir.path().join("ready");
+    let script = format!("ip link set lo up; : >{}; exec sleep 1000", ready.display());
+    let mut holder = Command::new("unshare").args(["-n", "sh", "-c", &script]).spawn().unwrap();
+    wait_for("the namespace", || ready.exists());
+    let path = format!("/proc/{}/ns/net", holder.id());
+    let network = || fs::read_link(&path).unwrap();
+    {
+        const TALK: &str = "nc -l -p 7 -e /bin/cat & sleep 0.5; \
+                            (i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done) | \
+                            nc 127.0.0.1 7 | while read i; do echo $i >/tmp/count; done";
+        let container = Container::start(TALK, |config| set_network(config, Some(&path)));
+        let reached = container.counts_on();
+        container.checkpoint("1", &["--tcp-established"]);
+        container.restore(&container.path("1"), &["--tcp-established"]);
+        assert!(container.counts_on() > reached);
+        let seen = container.exec("ls -l /proc/1/ns/net");
+        assert!(seen.contains(network().to_str().unwrap()), "{seen}");
+    }
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
 /// Waits for the master of a console, which runc sends over a socket with this name.
 fn console(listener: &UnixListener) -> OwnedFd {
     let (stream, _) = listener.accept().unwrap();
@@ -354,6 +418,11 @@ fn privileged_consoles_of_runc_are_handed_over() {
 /// Executes commands of the shell with a Podman of its own as `$P`, which finds `criu` in the search
 /// path, and with an image `rcriu-test:1`. Standard output is that of the commands.
 fn podman(commands: &str) -> String {
+    podman_in(&["bash"], commands)
+}
+
+/// The same; `shell` begins the command line that executes the commands.
+fn podman_in(shell: &[&str], commands: &str) -> String {
     needs();
     slow();
     require(Cap::Program("podman"));
@@ -375,7 +444,8 @@ fn podman(commands: &str) -> String {
          {commands}",
         dir = dir.path().display(),
     );
-    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    let mut command = Command::new(shell[0]);
+    let output = command.args(&shell[1..]).args(["-c", &script]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -398,6 +468,39 @@ fn privileged_podman_checkpoints_exports_and_imports() {
          $P container checkpoint --with-previous -e last one; $P rm one >/dev/null
          $P container restore --import-previous before -i last -n one; on one 0"#,
     );
+}
+
+/// A client that is connected to a published port stays so: the bridge, the addresses and the rules of
+/// the host belong to Podman, the rest to rcriu. The host is a network namespace of its own here.
+#[test]
+fn privileged_clients_of_published_ports_of_podman_stay_connected() {
+    require(Cap::Program("python3"));
+    let client = "import os, socket, sys, time\n\
+                  s = socket.create_connection(('127.0.0.1', 8099), 20)\n\
+                  s.sendall(b'before'); print(s.recv(9)); open('connected', 'w').close()\n\
+                  while not os.path.exists('restored'): time.sleep(.1)\n\
+                  s.settimeout(60); s.sendall(b'after'); print(s.recv(9))";
+    let told = podman_in(
+        &["unshare", "-n", "-m", "bash"],
+        &format!(
+            r#"ip link set lo up
+             cat >client.py <<'END'
+{client}
+END
+             $P run -d --name one -p 8099:7711 rcriu-test:1 nc -ll -p 7711 -e cat >/dev/null
+             until $P exec one ps | grep -q "nc -ll"; do sleep 0.1; done
+             python3 client.py & client=$!
+             until [ -e connected ]; do kill -0 $client; sleep 0.1; done
+             seen() {{ $P exec one ip addr show eth0 | grep -E "link|inet "; }}
+             before=$(seen)
+             $P container checkpoint --tcp-established one >/dev/null
+             $P container restore --tcp-established one >/dev/null
+             touch restored
+             wait $client
+             [ "$before" = "$(seen)" ]"#
+        ),
+    );
+    assert_eq!(told, "b'before'\nb'after'\n");
 }
 
 /// Debian has checkpointctl since version 13.
