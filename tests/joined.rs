@@ -105,6 +105,7 @@ fn privileged_state_of_a_network_that_is_not_kept_is_named() {
     let refused = [
         ("ip xfrm policy add src 10.0.0.0/8 dst 10.0.0.0/8 dir out", "1 policies (ip xfrm policy)"),
         ("ip nexthop add id 5 dev lo", "1 objects of next hops"),
+        ("ipset create rcriu-addresses hash:ip", "the ipset rcriu-addresses"),
     ];
     for (line, words) in refused {
         let dir = directory();
@@ -114,7 +115,8 @@ fn privileged_state_of_a_network_that_is_not_kept_is_named() {
         );
         let holder = Holder::new(&["-n", "-f", "--kill-child"], &script, dir.path());
         if dir.path().join("lacks").exists() {
-            common::skip("IPsec or objects of next hops");
+            eprintln!("not here: {line}");
+            continue;
         }
         let mut live = Live::adopt(child_of(holder.pid()), dir);
         let output = live.try_dump(&["-R", "--shell-job"]);

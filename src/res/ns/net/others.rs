@@ -43,7 +43,7 @@ const LIST_SETS: u16 = 6 << 8 | 7;
 const SET_PROTOCOL: u16 = 1;
 const SET_VERSION: u8 = 6;
 /// `IPSET_ATTR_FLAGS` with `IPSET_FLAG_LIST_SETNAME`: names alone. In the network's byte order.
-const SET_FLAGS: u16 = 8;
+const SET_FLAGS: u16 = 6;
 const BIG_ENDIAN: u16 = 0x4000;
 const NAMES_ONLY: u32 = 2;
 
