@@ -26,6 +26,16 @@
 //! parent that is younger. A dump never replaces a snapshot that is the parent of a
 //! directory beside it.
 //!
+//! With `--chain DIR` (`src/dump/series.rs`), a dump records of which tree it is
+//! (`rcriu_tree`, field 20002 of `inventory_entry`): the cgroup of the root process, unless
+//! the dumper is in it as well, the pid of the root in its own namespace, and its program.
+//! A runtime restores a container with all three. The parent is the newest dump in DIR that
+//! records the same. If that was the dump of another tree after all, nothing is lost: a page
+//! is left to the parent only after both were compared, or if the parent's own id is that of
+//! the dump since which changes are tracked. A dump whose images are not in DIR is copied
+//! into it, not linked: whoever frees pages in one of them, or writes over it, must not
+//! change the other.
+//!
 //! # Stores
 //!
 //! Readers ask a [`crate::image::ImageStore`] for images by kind and number, never for a

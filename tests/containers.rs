@@ -24,7 +24,7 @@ use common::{
     Cap,
     live::{PATIENCE, directory, engine, wait_for},
     mounted::Mounted,
-    require, slow,
+    require, slow, stored_bytes,
 };
 use nix::sys::socket::MsgFlags;
 use rcriu::sys::socket::receive;
@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The commands of busybox that the containers use.
-const COMMANDS: &[&str] = &["sh", "sort", "sleep", "cat", "ps", "nc", "ip"];
+const COMMANDS: &[&str] = &["sh", "sort", "sleep", "cat", "ps", "nc", "ip", "head", "tr"];
 
 /// Counts in a file, and in one on a tmpfs, five times a second.
 const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; echo $i >/dev/shm/count; \
@@ -287,6 +287,60 @@ fn privileged_pre_dumps_of_runc_make_a_chain_that_is_restored_from_a_mount() {
     assert!(container.counts_on() > reached);
 }
 
+/// Full checkpoints of one container in a directory that runc's configuration file names: each costs what has
+/// changed, whatever directory runc itself is given, and each can be restored.
+#[test]
+fn privileged_checkpoints_of_runc_in_a_chain_cost_what_has_changed() {
+    /// The memory that does not change, in bytes.
+    const LARGE: u64 = 20_000_000;
+    needs();
+    let dir = directory();
+    let (chain, file) = (dir.path().join("chain"), dir.path().join("criu.conf"));
+    fs::write(&file, format!("chain {}\n", chain.display())).unwrap();
+    let command = format!("large=$(head -c {LARGE} /dev/zero | tr '\\0' x); {COUNT}");
+    let container = Container::start(&command, |config| {
+        config["annotations"] = json!({ "org.criu.config": file });
+    });
+    let mut reached = container.counts_on();
+    // The last two go where the runtime keeps all of its checkpoints, as Podman does.
+    for (number, images) in ["1", "2", "3", "own", "own"].iter().enumerate() {
+        let inside = chain.join(images);
+        let images = if *images == "own" { container.path("own") } else { inside };
+        fs::create_dir_all(&images).unwrap();
+        container.with_images("checkpoint", &images, &[]);
+        container.restore(&images, &[]);
+        let now = container.counts_on();
+        assert!(now > reached, "{now} after {reached}");
+        reached = now;
+        let member = chain.join((number + 1).to_string());
+        let pages: u64 = fs::read_dir(&member)
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"))
+            .map(|entry| stored_bytes(&entry.path()))
+            .sum();
+        if number == 0 {
+            assert!(pages > LARGE, "{pages}");
+            assert!(!member.join("parent").exists());
+        } else {
+            assert!(pages < LARGE / 20, "checkpoint {} has {pages} bytes of pages", number + 1);
+            let parent = fs::read_link(member.join("parent")).unwrap();
+            assert_eq!(parent, Path::new("..").join(number.to_string()));
+        }
+    }
+    container.checkpoint("last", &[]);
+    container.restore(&chain.join("4"), &[]);
+    container.counts_on();
+    // Another container has nothing to do with it.
+    let other = Container::start(COUNT, |config| {
+        config["annotations"] = json!({ "org.criu.config": file });
+    });
+    other.counts_on();
+    other.checkpoint("1", &[]);
+    assert!(!other.path("1/parent").exists() && !chain.join("7/parent").exists());
+    assert!(chain.join("7/inventory.img").exists());
+}
+
 /// A private network namespace: 1.1.5 with CRIU cannot keep connections in one.
 #[test]
 fn privileged_connections_in_a_network_namespace_of_runc_go_on() {
@@ -501,6 +555,30 @@ END
         ),
     );
     assert_eq!(told, "b'before'\nb'after'\n");
+}
+
+/// Several containers of one checkpoint, with a volume; a terminal.
+#[test]
+fn privileged_podman_clones_checkpoints_and_keeps_volumes_and_terminals() {
+    podman(
+        r#"reached() { $P logs $1 | tail -1 | tr -d '\r'; }
+         on() { n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
+         count='i=0; while true; do i=$((i+1)); echo $i; echo $i >/data/n; sleep 0.2; done'
+         mkdir bound
+         $P run -d --name one --network none -v $PWD/bound:/data rcriu-test:1 sh -c "$count" >/dev/null
+         on one 0
+         $P container checkpoint one; $P container restore one; on one 5
+         n=$(cat bound/n); sleep 1; test $(cat bound/n) -gt $n
+         $P container checkpoint -e archive one; $P rm one >/dev/null
+         for name in two three; do $P container restore -i archive -n $name; on $name 5; done
+         $P container checkpoint --create-image rcriu-checkpoint:1 two >/dev/null
+         for name in four five; do $P container restore -n $name rcriu-checkpoint:1; on $name 5; done
+         count='i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done'
+         $P run -dt --name tty --network none rcriu-test:1 sh -c "$count" >/dev/null
+         on tty 0
+         $P container checkpoint -R tty; on tty 5
+         $P container checkpoint tty; $P container restore tty; on tty 5"#,
+    );
 }
 
 /// Debian has checkpointctl since version 13.

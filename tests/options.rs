@@ -61,6 +61,7 @@ const ROWS: &[Row] = &[
             ("timeout", timeout),
             ("action-script", action_script),
             ("prev-images-dir", prev_images_dir),
+            ("chain", chain),
             ("cgroup-dump-controller", cgroup_dump_controller),
             ("track-mem", track_mem),
             ("tracker", tracker),
@@ -601,6 +602,40 @@ fn tree(command: &str) {
     fine(run.dump(command, &[]));
     assert!(run.images().join(format!("pagemap-{}.img", run.pid())).exists());
     refused(&rcriu(&[command, "-D", text(&run.images())]), "-t PID");
+}
+
+/// The parent is the newest dump of the same process in the directory, and none of another process.
+fn chain(command: &str) {
+    let mut run = Run::new();
+    let other = Run::new();
+    let dir = directory();
+    let dumps = dir.path().join("dumps");
+    run.live.tree();
+    let numbered = |number: &str| dumps.join(number).join("inventory.img").exists();
+    let dump = |pid: &str, words: &[&str]| {
+        let running = if command == "dump" { &["-R"][..] } else { &[] };
+        rcriu(&[&[command, "-t", pid, "--chain", text(&dumps)], running, words].concat())
+    };
+    fine(dump(&run.pid(), &[]));
+    assert!(numbered("1") && !dumps.join("1/parent").exists());
+    fine(dump(&other.pid(), &[]));
+    assert!(numbered("2") && !dumps.join("2/parent").exists());
+    fine(dump(&run.pid(), &[]));
+    assert_eq!(fs::read_link(dumps.join("3/parent")).unwrap(), Path::new("../1"));
+    // Where the user wants it, and in the directory.
+    fine(run.dump(command, &["--chain", text(&dumps)]));
+    let parent = fs::read_link(run.images().join("parent")).unwrap();
+    assert_eq!(parent, dumps.join("3").canonicalize().unwrap());
+    assert_eq!(fs::read_link(dumps.join("4/parent")).unwrap(), Path::new("../3"));
+    fine(imgfs(&["check", text(&dumps.join("4"))]));
+    // A damaged one is passed over; a failed dump leaves nothing.
+    fs::remove_file(dumps.join("1/inventory.img")).unwrap();
+    let output = dump(&run.pid(), &[]);
+    assert!(said(&output).contains("cannot be the parent of this dump"), "{}", said(&output));
+    fine(output);
+    assert!(numbered("5") && !dumps.join("5/parent").exists());
+    refused(&dump("2147483647", &[]), "there is no process");
+    assert!(!dumps.join("6").exists());
 }
 
 fn leave_running(_: &str) {

@@ -52,6 +52,14 @@ pub enum DumpError {
         /// The root of the tree.
         pid: HostPid,
     },
+    /// The directory of `--chain` cannot be used.
+    #[error("use the directory of dumps {path} (--chain)", path = .path.display())]
+    Series {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A signal interrupted the dump.
     #[error("interrupted: the tree runs on")]
     Cancelled,

@@ -10,6 +10,7 @@ mod error;
 mod options;
 mod pre_dump;
 mod room;
+mod series;
 mod stats;
 mod tracking;
 mod tree;
@@ -26,6 +27,7 @@ use nix::time::{ClockId, clock_gettime};
 
 pub use error::{DumpError, Result};
 pub use options::{Goal, Options, Store};
+pub use series::new_directory;
 
 pub use crate::track::Tracker;
 use crate::{
@@ -57,6 +59,7 @@ use crate::{
     units::{HostPid, PidMap},
 };
 use census::Census;
+use series::Series;
 use stats::Stats;
 use tracking::Tracking;
 use tree::Collection;
@@ -84,9 +87,9 @@ pub fn run(options: &Options) -> Result<()> {
     let mut locks = DirectoryLocks::default();
     locks.take(&images_dir, Access::Exclusive)?;
     check_children(&images_dir)?;
-    let parent = store.parent.as_deref();
-    let parent = parent.map(|parent| open_parent(store, &images_dir, parent, &mut locks));
-    let parent = parent.transpose()?;
+    let series = store.chain.as_deref().map(|dir| Series::open(dir, root)).transpose()?;
+    let parents = (store, series.as_ref());
+    let (link, parent) = find_parent(parents, &images_dir, &mut locks)?.unzip();
     crate::sys::process::raise_descriptor_limit();
     actions.run(Stage::PreDump, Some(root))?;
     let mut stats = Stats::default();
@@ -101,7 +104,7 @@ pub fn run(options: &Options) -> Result<()> {
     let arenas = check::tree(&frozen.tasks, &pids, goal, (common, of_namespaces))?;
     let network = NetworkLock::take(&actions, root, goal)?;
     let images = SnapshotWriter::begin(&store.images_dir)?;
-    if let Some(link) = &store.parent {
+    if let Some(link) = &link {
         images.link_parent(link)?;
     }
     // A pre-dump injects nothing, unless changes are to be tracked.
@@ -114,7 +117,7 @@ pub fn run(options: &Options) -> Result<()> {
         Goal::Memory => {
             let stopped = (frozen, &census);
             let of_tree = (&pids, Arenas::new(arenas));
-            let parent = parent.as_ref();
+            let parent = (parent.as_ref(), series.as_ref());
             let options = (common, stats_options);
             pre_dump::run(options, stopped, of_tree, images, parent, tracking, stats)?;
         }
@@ -129,7 +132,7 @@ pub fn run(options: &Options) -> Result<()> {
                 &mut stats,
             );
             let dumped = census.explain(dumped)?;
-            let images = (images, inventory(parent.as_ref())?);
+            let images = (images, inventory(parent.as_ref(), series.as_ref())?);
             let stopped = (frozen, network, &census);
             finish((root, &actions), stopped, images, dumped, outcome, &mut stats)?;
             stats.finish(stats_options);
@@ -137,6 +140,14 @@ pub fn run(options: &Options) -> Result<()> {
     }
     if store.free_parent && parent.is_some() {
         free_superseded(&images_dir);
+    }
+    if let Some(series) = series {
+        match series.keep(&images_dir) {
+            Ok(dir) => log::info!("the next dump finds this one at {}", dir.display()),
+            Err(error) => log::warn!(
+                "the dump is complete, but could not be copied for the next one (--chain): {error}"
+            ),
+        }
     }
     Ok(())
 }
@@ -390,6 +401,48 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
     Err(StepError::Directory { path: path.to_owned(), problem }.into())
 }
 
+/// Opens the parent that the user names, or the newest one of the series that can be used. Returns the
+/// link to it, too.
+fn find_parent(
+    (store, series): (&Store, Option<&Series>),
+    images_dir: &Path,
+    locks: &mut DirectoryLocks,
+) -> Result<Option<(PathBuf, Parent)>> {
+    if let Some(link) = &store.parent {
+        let parent = open_parent(store, images_dir, link, locks)?;
+        return Ok(Some((link.clone(), parent)));
+    }
+    for link in series.map_or_else(Vec::new, |series| series.parents(images_dir)) {
+        let parent = open_parent(store, images_dir, &link, locks);
+        match parent.and_then(|parent| require_ancestors(&parent).map(|()| parent)) {
+            Ok(parent) => {
+                log::info!("the parent is {}", link.display());
+                return Ok(Some((link, parent)));
+            }
+            Err(error) => log::warn!(
+                "{} cannot be the parent of this dump: {}",
+                link.display(),
+                with_sources(&error)
+            ),
+        }
+    }
+    Ok(None)
+}
+
+/// Checks that all ancestors of a parent are there.
+fn require_ancestors((chain, id): &Parent) -> Result<()> {
+    let mut id = *id;
+    loop {
+        chain.require_version(id)?;
+        chain.require_bond(id).map_err(chain::ChainError::from)?;
+        match &chain.snapshot(id).parent {
+            Ok(Some(parent)) => id = *parent,
+            Ok(None) => return Ok(()),
+            Err(error) => return Err(chain::ChainError::from(error.clone()).into()),
+        }
+    }
+}
+
 /// Opens the chain of the directory that `--prev-images-dir` names, relative to the images
 /// directory. Locks it against changes, or against any use if pages are to be freed in it.
 fn open_parent(
@@ -425,7 +478,7 @@ fn open_parent(
     Ok((chain, id))
 }
 
-fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
+fn inventory(parent: Option<&Parent>, series: Option<&Series>) -> Result<proto::InventoryEntry> {
     let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| StepError::Process {
         pid: HostPid::own(),
         step: "read the clock for",
@@ -443,5 +496,8 @@ fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
         ..Default::default()
     };
     common::describe(&mut inventory);
+    if let Some(series) = series {
+        series.describe(&mut inventory);
+    }
     Ok(inventory)
 }

@@ -67,6 +67,8 @@ pub struct Store {
     pub(crate) images_dir: PathBuf,
     /// The directory of the previous dump, relative to `images_dir` (`--prev-images-dir`).
     pub(crate) parent: Option<PathBuf>,
+    /// The directory in which the parent is found, unless it is named (`--chain`).
+    pub(crate) chain: Option<PathBuf>,
     /// Free the pages in the parent that this dump supersedes (`--auto-dedup`).
     pub(crate) free_parent: bool,
 }

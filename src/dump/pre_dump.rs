@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{
-    DumpError, Parent, Result, census::Census, commit, find_parents, stats::Stats,
+    DumpError, Parent, Result, census::Census, commit, find_parents, series::Series, stats::Stats,
     tracking::Tracking, tree,
 };
 use crate::{
@@ -58,7 +58,7 @@ pub(super) fn run(
     (mut frozen, census): (Frozen, &Census),
     (pids, arenas): (&PidMap, Arenas),
     images: SnapshotWriter,
-    parent: Option<&Parent>,
+    (parent, series): (Option<&Parent>, Option<&Series>),
     mut tracking: Tracking,
     mut stats: Stats,
 ) -> Result<()> {
@@ -103,7 +103,7 @@ pub(super) fn run(
     }
     stats.copied = stats.copying(|| pages::write(&memories, &images, true))?;
     let inventory =
-        proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
+        proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent, series)? };
     let name = super::new_name()?;
     stats.syncing(|| commit(images, tracking, (&name, inventory), || census.check_running()))?;
     stats.finish(stats_options);

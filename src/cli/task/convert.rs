@@ -123,6 +123,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         store: dump::Store {
             images_dir: args.images.images_dir.clone(),
             parent: args.images.prev_images_dir.clone(),
+            chain: args.images.chain.clone(),
             free_parent: args.memory.auto_dedup.is_some(),
         },
         freeze: FreezeOptions::new(args.tree.timeout),

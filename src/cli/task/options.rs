@@ -100,6 +100,12 @@ pub(super) struct ImageArgs {
     /// Leave unchanged memory to the previous dump in DIR; relative to --images-dir
     #[arg(long, value_name = "DIR")]
     pub prev_images_dir: Option<PathBuf>,
+    /// Find the previous dump of the tree in DIR, a directory of dumps
+    ///
+    /// Without --images-dir, the dump goes into a new directory in DIR, whose name is the next
+    /// number. A dump with --images-dir elsewhere is also copied into DIR.
+    #[arg(long, value_name = "DIR")]
+    pub chain: Option<PathBuf>,
     /// Write log, statistics and pid file to this directory [default: the image directory]
     #[arg(short = 'W', long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,

@@ -135,6 +135,47 @@ pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitC
         report(&anyhow::Error::msg(refusal));
         return ExitCode::from(exit::FAILED);
     }
+    let (placed, made) = match place_in_chain(task, args, given) {
+        Ok(placed) => placed.map_or((None, None), |(args, made)| (Some(args), Some(made))),
+        Err(error) => {
+            report(&error);
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let code = run_placed(task, placed.as_ref().unwrap_or(args), given);
+    if let Some(dir) = made {
+        // It is empty only if the dump has failed and has no log there.
+        let _ = std::fs::remove_dir(dir);
+    }
+    code
+}
+
+/// Makes a directory for the images in that of `--chain`, unless the user names one. Returns the options
+/// with it, and the directory.
+fn place_in_chain(
+    task: Task,
+    args: &TaskArgs,
+    given: &[Given],
+) -> anyhow::Result<Option<(TaskArgs, PathBuf)>> {
+    let is_dump = matches!(task, Task::Dump | Task::PreDump);
+    let is_named = given.iter().any(|given| given.name == "images-dir");
+    let Some(chain) = args.images.chain.as_ref().filter(|_| is_dump && !is_named) else {
+        return Ok(None);
+    };
+    let failed = || format!("make a directory in {} (--chain)", chain.display());
+    match std::fs::create_dir(chain) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(failed);
+        }
+        _ => {}
+    }
+    let made = dump::new_directory(chain).with_context(failed)?;
+    let mut args = args.clone();
+    args.images.images_dir = made.clone();
+    Ok(Some((args, made)))
+}
+
+fn run_placed(task: Task, args: &TaskArgs, given: &[Given]) -> ExitCode {
     let work = match (Work::of(task, args), task) {
         (Some(Ok(work)), _) => work,
         (Some(Err(error)), _) => return usage(error.into()),

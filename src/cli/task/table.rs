@@ -87,6 +87,7 @@ pub(super) const ROWS: &[Row] = &[
     // Images
     built("images-dir", ALL),
     built("prev-images-dir", DUMPS),
+    built("chain", DUMPS),
     built("work-dir", ALL),
     refused("stream", BOTH, "dump into a directory, on tmpfs to spare the disk"),
     // Memory

@@ -52,7 +52,8 @@ const TAKEN_BACK: &str = "
     skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
 
 /// Our own.
-const OURS: [&str; 6] = ["tracker", "link", "keep-originals", "rewrite", "reflink", "json"];
+const OURS: [&str; 7] =
+    ["tracker", "chain", "link", "keep-originals", "rewrite", "reflink", "json"];
 
 #[derive(Debug, Parser)]
 struct Line {
@@ -156,7 +157,12 @@ fn default_dump() -> dump::Options {
     dump::Options {
         root: HostPid(7),
         goal: Goal::Tree(Outcome::Kill),
-        store: dump::Store { images_dir: ".".into(), parent: None, free_parent: false },
+        store: dump::Store {
+            images_dir: ".".into(),
+            parent: None,
+            chain: None,
+            free_parent: false,
+        },
         freeze: FreezeOptions::new(10),
         common: tree::DumpOptions {
             sessions: session::Options::new(false),

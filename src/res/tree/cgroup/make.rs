@@ -215,12 +215,21 @@ pub(super) fn place(name: &[u8], path: &[u8], mounts: &[Mount]) -> Result<PathBu
 }
 
 /// Puts the cgroups of the images below the roots that the user gives (`--cgroup-root`). `root` is the
-/// number of the set that the root process is in.
-pub(super) fn move_roots(entry: &mut CgroupEntry, options: &Options, root: Option<u32>) {
+/// number of the set that the root process is in. A root for all hierarchies leaves out those in which the
+/// tree `stays` where it is.
+pub(super) fn move_roots(
+    entry: &mut CgroupEntry,
+    options: &Options,
+    root: Option<u32>,
+    stays: impl Fn(&[u8], &[u8]) -> bool,
+) {
     let members = entry.sets.iter().find(|set| Some(set.id) == root).map(|set| set.ctls.clone());
     for member in members.into_iter().flatten() {
         let is_it = |of: &&mut CgControllerEntry| of.cnames.join(&b","[..]) == member.name;
         let Some(new) = options.root_of(&member.name) else { continue };
+        if !options.names(&member.name) && stays(&member.name, &member.path) {
+            continue;
+        }
         let new = new.trim_end_matches('/').as_bytes().to_vec();
         let controller = entry.controllers.iter_mut().find(is_it);
         let heads: Vec<Vec<u8>> = controller.as_ref().map_or_else(Vec::new, |of| {
@@ -284,12 +293,18 @@ mod tests {
         };
         let roots = vec![(Some("pids".into()), "/new".into()), (Some("cpu".into()), "/x".into())];
         let options = Options::new(Mode::Soft).roots(roots);
-        move_roots(&mut entry, &options, Some(2));
+        move_roots(&mut entry, &options, Some(2), |_, _| true);
         let pids: Vec<_> = entry.sets.iter().map(|set| &*set.ctls[0].path).collect();
         assert_eq!(pids, [&b"/new"[..], b"/new/below", b"/c/12"]);
         assert_eq!(entry.sets[0].ctls[1].path, b"/c/1");
         assert_eq!(entry.sets[0].ctls[2].path, b"/");
         let heads: Vec<_> = entry.controllers.iter().map(|of| &*of.dirs[0].dir_name).collect();
         assert_eq!(heads, [&b"new"[..], b"c/1"]);
+
+        // One root for all.
+        let options = Options::new(Mode::Soft).roots(vec![(None, "/all".into())]);
+        move_roots(&mut entry, &options, Some(2), |name, _| name == b"memory");
+        let paths: Vec<_> = entry.sets[0].ctls.iter().map(|of| &*of.path).collect();
+        assert_eq!(paths, [&b"/all"[..], b"/c/1", b"/"]);
     }
 }

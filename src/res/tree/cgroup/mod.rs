@@ -234,6 +234,13 @@ impl Options {
         found.or(self.roots.iter().find(|(name, _)| name.is_none())).map(|(_, root)| &**root)
     }
 
+    /// Whether the user has given a root for a hierarchy by its name.
+    fn names(&self, hierarchy: &[u8]) -> bool {
+        let mut parts = hierarchy.split(|byte| *byte == b',');
+        let named = self.roots.iter().filter_map(|(name, _)| name.as_deref());
+        parts.any(|of| named.clone().any(|name| name.as_bytes() == of))
+    }
+
     /// Whether the groups of a hierarchy are dumped.
     fn dumps(&self, hierarchy: &[u8]) -> bool {
         let mut parts = hierarchy.split(|byte| *byte == b',');
@@ -276,8 +283,13 @@ pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer
     let Some(mut entry) = entry else { return Ok(Box::new(Places::default())) };
     let cores = plan.processes.iter().flatten().map(|(_, core)| *core);
     let wanted: Vec<u32> = cores.filter_map(set_of).collect();
-    make::move_roots(&mut entry, options, wanted.first().copied());
-    let mounts = options.mounts()?;
+    let (own, mounts) = (own()?, options.mounts()?);
+    // Where the tree was in a cgroup that the restorer is in as well, and which it cannot reach.
+    let stays = |name: &[u8], path: &[u8]| {
+        own.get(name).is_some_and(|own| own == path)
+            && matches!(proc::cgroup_directory(name, path, &mounts), Err(NoCgroup::NotMounted))
+    };
+    make::move_roots(&mut entry, options, wanted.first().copied(), stays);
     let mut freezing = Freezing::of(&entry, &mounts)?;
     freezing.thaw()?;
     let made = Made::make(&entry, options, &mounts)?;
