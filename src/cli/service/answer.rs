@@ -144,7 +144,11 @@ impl Answerer {
     /// Runs a task, and answers when it is done.
     fn task(&self, kind: CriuReqType, task: Task, request: &CriuReq) -> u8 {
         let opts = request.opts.clone().unwrap_or_default();
+        let dumps_itself = task == Task::Dump && opts.pid.is_none_or(|pid| pid <= 0);
+        let survives = opts.leave_running == Some(true) || opts.leave_stopped == Some(true);
         let mut reply = |result: anyhow::Result<Option<HostPid>>| match result {
+            // It receives an answer when it is restored.
+            Ok(_) if dumps_itself && !survives => {}
             Ok(root) => self.reply(CriuResp {
                 r#type: kind.into(),
                 success: true,
@@ -155,6 +159,18 @@ impl Answerer {
             Err(error) => self.refuse(kind, &error),
         };
         let log = request::log_of(&opts, self.channel.peer);
+        if dumps_itself && opts.notify_scripts == Some(true) {
+            let error = anyhow::anyhow!(
+                "a client that dumps itself cannot be notified: it stands still\nhelp: leave out \
+                 notify_scripts"
+            );
+            return task::refuse_client(log.as_deref(), error, &mut reply);
+        }
+        let own_end = if dumps_itself { self.channel.inode().map(Some) } else { Ok(None) };
+        let own_end = match own_end {
+            Ok(own_end) => own_end,
+            Err(error) => return task::refuse_client(log.as_deref(), error, &mut reply),
+        };
         let words = match request::words(kind, task, &opts, self.channel.peer) {
             Ok(words) => words,
             Err(error) => return task::refuse_client(log.as_deref(), error, &mut reply),
@@ -164,7 +180,7 @@ impl Answerer {
         let request::Words { options, config, operands } = words;
         let takes = opts.orphan_pts_master == Some(true);
         let taker = takes.then(|| Arc::clone(&self.channel) as Arc<dyn TakeMaster>);
-        let requested = Requested { options, config, operands, log, client, taker };
+        let requested = Requested { options, config, operands, log, client, taker, own_end };
         task::run_for_client(task, requested, &mut reply)
     }
 

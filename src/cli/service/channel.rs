@@ -109,6 +109,12 @@ impl Channel {
         Ok(())
     }
 
+    /// Returns the inode of our end of the connection.
+    pub(super) fn inode(&self) -> anyhow::Result<u32> {
+        let found = nix::sys::stat::fstat(&self.socket).context("examine the socket")?;
+        u32::try_from(found.st_ino).context("the number of the socket")
+    }
+
     /// Returns the groups of the client, in addition to that in its credentials.
     pub(super) fn groups(&self) -> io::Result<Vec<u32>> {
         Ok(crate::sys::socket::peer_groups(self.socket.as_fd())?)

@@ -87,13 +87,7 @@ pub(super) fn words(
         _ => {}
     }
     if matches!(task, Task::Dump | Task::PreDump) {
-        let Some(pid) = opts.pid.filter(|pid| *pid > 0) else {
-            bail!(
-                "the request names no pid: a client that dumps itself is not supported yet\nhelp: have \
-                 another process ask"
-            );
-        };
-        words.number("tree", Some(pid));
+        words.number("tree", Some(opts.pid.filter(|pid| *pid > 0).unwrap_or(peer.0)));
     }
     if task == Task::Restore {
         words.options.push(("restore-detached", None));

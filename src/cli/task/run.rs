@@ -53,6 +53,8 @@ pub(in crate::cli) struct Requested {
     pub client: Option<Arc<dyn Client>>,
     /// The client, if it takes masters of pseudoterminals.
     pub taker: Option<Arc<dyn file::TakeMaster>>,
+    /// The inode of our end of the connection, if the client dumps itself.
+    pub own_end: Option<u32>,
 }
 
 /// Runs a task for a client, and returns the exit code. Calls `reply` once, maybe in a child, with the
@@ -63,10 +65,10 @@ pub(in crate::cli) fn run_for_client(
     reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
 ) -> u8 {
     let (client, taker) = (requested.client.clone(), requested.taker.clone());
-    let log = requested.log.clone();
+    let (log, own_end) = (requested.log.clone(), requested.own_end);
     let prepared = prepare_request(task, requested).and_then(|(args, given)| {
         let work = Work::of(task, &args).expect("a client cannot ask for another task")?;
-        Ok((work.with_client(client, taker), args, given))
+        Ok((work.with_client(client, taker, own_end), args, given))
     });
     let (work, args, given) = match prepared {
         Ok(prepared) => prepared,
@@ -324,16 +326,19 @@ impl Work {
         }
     }
 
-    /// Has a client notified of the stages, and has it take the masters of pseudoterminals.
+    /// Has a client notified of the stages, has it take the masters of pseudoterminals, and lets it have
+    /// dumped the connection to us, of which `own_end` is our end.
     fn with_client(
         mut self,
         client: Option<Arc<dyn Client>>,
         taker: Option<Arc<dyn file::TakeMaster>>,
+        own_end: Option<u32>,
     ) -> Self {
         match &mut self {
             Self::Dump(options) => {
                 options.actions = options.actions.clone().with_client(client);
                 options.files.terminals = options.files.terminals.orphans(taker.is_some());
+                options.files.unix = options.files.unix.service(own_end);
             }
             Self::Restore(options) => {
                 options.actions = options.actions.clone().with_client(client);

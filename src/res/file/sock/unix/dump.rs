@@ -12,7 +12,7 @@ use nix::{
 };
 
 use super::{
-    Options, kind_name, name, outside,
+    Options, SERVICE, kind_name, name, outside,
     waiting::{self, Waiting},
 };
 use crate::{
@@ -326,7 +326,9 @@ impl Collector for UnixCollector {
         let inode = inode(file);
         let socket = self.look_up(file, inode)?;
         let what = self.describe(&socket);
-        let (needs, peer) = self.peers(file, &socket, &what)?;
+        let is_service = socket.peer != 0 && self.options.service == Some(socket.peer);
+        let (needs, peer) =
+            if is_service { (Vec::new(), 0) } else { self.peers(file, &socket, &what)? };
         let is_datagram = i32::from(socket.kind) == libc::SOCK_DGRAM;
         let named = if name::is_path(&socket.name) {
             name::look_at_file(
@@ -351,7 +353,7 @@ impl Collector for UnixCollector {
         let mut state = self.states.read(file, &what)?;
         state.peer = attributes::peer(fd, intake.pids())
             .map_err(file.failed("read the peer credentials of"))?;
-        if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
+        if !is_service && (is_datagram || u32::from(socket.state) == state::ESTABLISHED) {
             let pids = intake.pids().clone();
             let mut urgent = |fd: BorrowedFd| {
                 let kernel = self.kernel().map_err(str::to_owned)?;
@@ -366,9 +368,9 @@ impl Collector for UnixCollector {
             id: file.id,
             ino: inode,
             r#type: socket.kind.into(),
-            state: socket.state.into(),
+            state: if is_service { state::CLOSE } else { socket.state.into() },
             flags: file.flags,
-            uflags: 0,
+            uflags: if is_service { SERVICE } else { 0 },
             backlog: socket.send_queue,
             peer,
             fown: file.fown,

@@ -36,12 +36,19 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
 pub struct Options {
     allow_external: bool,
     skip_in_flight: bool,
+    /// The inode of the dumper's own end of its connection to the client, if a client dumps itself.
+    service: Option<u32>,
 }
 
 impl Options {
     /// `allow_external`: they may be connected to sockets outside the tree (`--ext-unix-sk`).
     pub fn new(allow_external: bool) -> Self {
         Self { allow_external, ..Self::default() }
+    }
+
+    /// Allows the connection to the dumper, of which `inode` is the other end.
+    pub fn service(self, inode: Option<u32>) -> Self {
+        Self { service: inode, ..self }
     }
 
     /// Leaves out connections of other programs that were not accepted (`--skip-in-flight`).
@@ -52,6 +59,10 @@ impl Options {
 
 /// `unix_sk_entry.uflags`: the socket is outside the tree.
 const EXTERNAL: u32 = 1;
+
+/// `unix_sk_entry.uflags`: the socket leads to the program that dumps its process (`USK_SERVICE` of CRIU). A
+/// restored process receives the answer there, and then the end.
+const SERVICE: u32 = 2;
 
 /// Returns the name of a socket type.
 fn kind_name(kind: u32) -> &'static str {

@@ -27,6 +27,7 @@ use std::{
 };
 
 use nix::{libc, sys::socket::shutdown, unistd::write};
+use prost::Message;
 
 use super::{
     Options, kind_name,
@@ -37,7 +38,10 @@ use super::{
     waiting::{self, Unsent},
 };
 use crate::{
-    image::proto,
+    image::proto::{
+        self,
+        rpc::{CriuDumpResp, CriuReqType, CriuResp},
+    },
     inject::Script,
     res::file::{
         FileError, Opened, Opener, Result, owner,
@@ -188,6 +192,9 @@ impl Sockets {
         let by_inode: HashMap<u32, usize> =
             all.iter().enumerate().map(|(at, socket)| (socket.entry.ino, at)).collect();
         for at in 0..all.len() {
+            if all[at].is_service() {
+                all[at].queue = VecDeque::from([restored_answer()]);
+            }
             all[at].link = link(&all, at, &by_inode)?;
         }
         Ok(Self { all, unsent: Vec::new() })
@@ -501,6 +508,17 @@ impl Sockets {
         }
         Ok(())
     }
+}
+
+/// Returns what a client that has dumped itself receives when it is restored.
+fn restored_answer() -> Packet {
+    let response = CriuResp {
+        r#type: CriuReqType::Dump.into(),
+        success: true,
+        dump: Some(CriuDumpResp { restored: Some(true) }),
+        ..CriuResp::default()
+    };
+    Packet { data: response.encode_to_vec(), rights: Vec::new(), sender: None, urgent: false }
 }
 
 /// Leaves an error in a datagram socket: its peer disconnects with unread data.

@@ -13,7 +13,7 @@ use nix::{
 };
 
 use super::{
-    EXTERNAL,
+    EXTERNAL, SERVICE,
     name::{self, Keep},
     peer::{self, Caller, Callers},
 };
@@ -72,6 +72,11 @@ pub(super) struct Socket {
 impl Socket {
     pub(super) fn is_external(&self) -> bool {
         self.entry.uflags & EXTERNAL != 0
+    }
+
+    /// Whether it leads to the program that has dumped its process.
+    pub(super) fn is_service(&self) -> bool {
+        self.entry.uflags & SERVICE != 0
     }
 
     pub(super) fn is_datagram(&self) -> bool {
@@ -192,6 +197,9 @@ pub(super) fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) ->
     let entry = &socket.entry;
     if socket.is_inherited {
         return Ok(Link::Inherited);
+    }
+    if socket.is_service() {
+        return Ok(Link::Dead);
     }
     if entry.peer == 0 || socket.is_external() {
         // A datagram socket also counts as connected if others are connected to it by name. So
