@@ -656,6 +656,12 @@ const REFUSED: &[(&str, &str)] = &[
     ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an unread error"),
+    (
+        "unix_queued_epoll",
+        "is an epoll instance that is queued in a socket and watches descriptors",
+    ),
+    ("unix_queued_pidfd_senders", "asks for the pidfds of senders (SO_PASSPIDFD)"),
+    ("message_queue_thread", "which starts a thread of process"),
     ("pty_of_another_devpts", "in another instance of devpts than /dev/pts"),
     ("descriptor_of_another_namespace", "a namespace that no process of the tree is in"),
     ("pidfd_of_another_tree", "is a pidfd of process 1, which is not in the tree"),

@@ -7,8 +7,11 @@ use crate::{
     kit::{Checkpoint, Verdict, bytes, same},
 };
 
-pub const ROWS: &[Row] =
-    &[("message_queues", message_queues), ("message_queue_notification", notification)];
+pub const ROWS: &[Row] = &[
+    ("message_queues", message_queues),
+    ("message_queue_notification", notification),
+    ("message_queue_thread", thread),
+];
 
 fn own_name(what: &str) -> CString {
     CString::new(format!("/rcriu-{what}-{}", std::process::id())).expect("no NUL")
@@ -107,4 +110,27 @@ fn notification(checkpoint: &Checkpoint) -> Verdict {
     let value = unsafe { info.si_value().sival_ptr.addr() };
     same("signal and value", (signal, 0x1234_5678), (got, value))?;
     same("message", (b"notice".to_vec(), 1), receive(queue)?)
+}
+
+/// A notification that starts a thread: the C library waits for it at a netlink socket.
+fn thread(checkpoint: &Checkpoint) -> Verdict {
+    let name = own_name("thread");
+    let queue = made(&name, libc::O_RDWR | libc::O_NONBLOCK)?;
+    sys!(mq_unlink(name.as_ptr()))?;
+    let socket = sys!(socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0))?;
+    // `NOTIFY_COOKIE_LEN` (`linux/mqueue.h`); the kernel replaces the last byte.
+    let cookie = [7_u8; 32];
+    // SAFETY: all zeros is a valid value.
+    let mut event: libc::sigevent = unsafe { mem::zeroed() };
+    event.sigev_notify = libc::SIGEV_THREAD;
+    event.sigev_signo = socket;
+    event.sigev_value = libc::sigval { sival_ptr: cookie.as_ptr().cast_mut().cast() };
+    sys!(syscall(libc::SYS_mq_notify, queue, &raw const event))?;
+    checkpoint.wait();
+    send(queue, b"notice", 1)?;
+    let mut found = [0_u8; 64];
+    let got = sys!(recv(socket, found.as_mut_ptr().cast(), found.len(), 0))?;
+    same("cookie", &cookie[..31], &found[..31.min(got as usize)])?;
+    // `NOTIFY_WOKENUP`
+    same("notice", 1, found[31])
 }

@@ -5,7 +5,8 @@ use std::ptr;
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, bytes, read_some, same, write_all},
+    files::{ready, watch},
+    kit::{Checkpoint, Verdict, bytes, lacks, read_some, same, write_all},
     sockets::{
         abstract_name, accept, connected, listening, pair, path_name, receive, receive_descriptors,
         receive_with_control, send_descriptors, set_option,
@@ -20,6 +21,8 @@ pub const ROWS: &[Row] = &[
     ("unix_queued_credentials", unix_queued_credentials),
     ("unix_nested_descriptors", unix_nested_descriptors),
     ("unix_urgent", unix_urgent),
+    ("unix_queued_epoll", unix_queued_epoll),
+    ("unix_queued_pidfd_senders", unix_queued_pidfd_senders),
 ];
 
 /// The pid that a socket shows of its peer.
@@ -281,4 +284,30 @@ fn unix_urgent(checkpoint: &Checkpoint) -> Verdict {
     }
     same("data before the mark", Some(b"readwith the last".to_vec()), receive(right)?)?;
     same("urgent byte", b'?', urgent(right)?)
+}
+
+/// An epoll instance that is nowhere but in the queue of a socket which it watches.
+fn unix_queued_epoll(checkpoint: &Checkpoint) -> Verdict {
+    let [left, right] = pair(libc::SOCK_STREAM)?;
+    let epoll = sys!(epoll_create1(libc::EPOLL_CLOEXEC))?;
+    watch(epoll, right, libc::EPOLLIN, 0x1234)?;
+    send_descriptors(left, b"epoll", &[epoll])?;
+    sys!(close(epoll))?;
+    checkpoint.wait();
+    let epoll = received_one(right, "epoll")?;
+    same("events of an empty queue", Vec::new(), ready(epoll)?)?;
+    write_all(left, b"x")?;
+    same("events", vec![(0x1234, libc::EPOLLIN as u32)], ready(epoll)?)
+}
+
+/// Data for a socket that asks for the pidfds of senders.
+fn unix_queued_pidfd_senders(checkpoint: &Checkpoint) -> Verdict {
+    const SO_PASSPIDFD: i32 = 76;
+    let [left, right] = pair(libc::SOCK_STREAM)?;
+    if set_option(right, libc::SOL_SOCKET, SO_PASSPIDFD, 1).is_err() {
+        return lacks("SO_PASSPIDFD");
+    }
+    write_all(left, b"queued")?;
+    checkpoint.wait();
+    same("bytes", Some(b"queued".to_vec()), receive(right)?)
 }
