@@ -386,6 +386,8 @@ states! {
     mount_namespaces;
     mount_namespace_below_its_root;
     mount_namespace_sockets;
+    mount_namespace_deleted;
+    mount_namespace_hidden;
     mount_namespace_of_users, elsewhere: restored;
     time_namespace;
     ipc_namespace;

@@ -29,6 +29,8 @@ pub const ROWS: &[Row] = &[
     ("mount_namespace_of_a_child", of_a_child),
     ("mount_namespaces", mount_namespaces),
     ("mount_namespace_below_its_root", below_its_root),
+    ("mount_namespace_deleted", mount_namespace_deleted),
+    ("mount_namespace_hidden", mount_namespace_hidden),
 ];
 
 /// What may be mounted twice on a machine.
@@ -557,4 +559,105 @@ fn below_its_root(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait();
     ensure!(fs::read_dir(&top).map_err(text)?.next().is_none(), "it sees the root of the child");
     child.join()
+}
+
+fn bind(from: &Path, to: &Path) -> Verdict {
+    mount(&from.display().to_string(), to, "", libc::MS_BIND, "")
+}
+
+/// Mounts of files that are deleted, as systemd-nspawn makes them over files of `/proc`: a file that two
+/// mounts show, a FIFO and a directory.
+fn mount_namespace_deleted(checkpoint: &Checkpoint) -> Verdict {
+    enter()?;
+    let top = checkpoint.path("mounts");
+    let from = top.join("from");
+    fs::create_dir_all(&from).map_err(text)?;
+    mount("from", &from, "tmpfs", 0, "size=1m")?;
+    fs::write(from.join("file"), "of a deleted file").map_err(text)?;
+    let fifo = c(&from.join("fifo"));
+    sys!(mkfifo(fifo.as_ptr(), 0o640))?;
+    fs::create_dir_all(from.join("above/directory")).map_err(text)?;
+    let points = ["file", "again", "fifo", "directory"].map(|name| top.join(name));
+    let [file, again, fifo, directory] = &points;
+    for point in [file, again, fifo] {
+        fs::write(point, "").map_err(text)?;
+    }
+    fs::create_dir(directory).map_err(text)?;
+    for (name, point) in
+        [("file", file), ("file", again), ("fifo", fifo), ("above/directory", directory)]
+    {
+        bind(&from.join(name), point)?;
+    }
+    mount("", again, "", libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY, "")?;
+    for name in ["file", "fifo"] {
+        fs::remove_file(from.join(name)).map_err(text)?;
+    }
+    fs::remove_dir(from.join("above/directory")).map_err(text)?;
+    let mut open = File::open(file).map_err(text)?;
+    let seen = || -> Result<_, String> {
+        let mut all = files(&from)?;
+        for point in &points {
+            let found = fs::metadata(point).map_err(text)?;
+            let (kind, owner) = (found.mode(), (found.uid(), found.gid()));
+            all.push(format!("{kind:o} {owner:?} {} {}", found.mtime(), found.mtime_nsec()));
+        }
+        all.extend(table()?);
+        Ok(all)
+    };
+    let before = seen()?;
+    checkpoint.wait();
+    same("files and mounts", before, seen()?)?;
+    let mut content = String::new();
+    open.read_to_string(&mut content).map_err(text)?;
+    same("an open file", "of a deleted file", content.as_str())?;
+    // Both mounts and the descriptor show the same file.
+    fs::write(file, "written").map_err(text)?;
+    same("the other mount", "written", fs::read_to_string(again).map_err(text)?.as_str())?;
+    open.seek(SeekFrom::Start(0)).map_err(text)?;
+    content.clear();
+    open.read_to_string(&mut content).map_err(text)?;
+    same("the open file", "written", content.as_str())
+}
+
+/// A tmpfs on a mount that another one hides, and mounts of a group none of which shows what the others
+/// show, as systemd-nspawn makes them for `/sys`.
+fn mount_namespace_hidden(checkpoint: &Checkpoint) -> Verdict {
+    enter()?;
+    let top = checkpoint.path("top");
+    let inner = top.join("inner");
+    fs::create_dir(&top).map_err(text)?;
+    mount("lower", &top, "tmpfs", 0, "size=1m")?;
+    fs::create_dir(&inner).map_err(text)?;
+    mount("inner", &inner, "tmpfs", 0, "size=1m")?;
+    fs::write(inner.join("file"), "hidden").map_err(text)?;
+    mount("upper", &top, "tmpfs", 0, "size=1m")?;
+    fs::create_dir(&inner).map_err(text)?;
+    let whole = checkpoint.path("whole");
+    fs::create_dir(&whole).map_err(text)?;
+    mount("whole", &whole, "tmpfs", 0, "size=1m")?;
+    mount("", &whole, "", libc::MS_SHARED, "")?;
+    for name in ["one", "two"] {
+        let (part, point) = (whole.join(name), checkpoint.path(name));
+        fs::create_dir(&part).map_err(text)?;
+        fs::create_dir(&point).map_err(text)?;
+        bind(&part, &point)?;
+    }
+    // A slave of that group.
+    let slave = checkpoint.path("slave");
+    fs::create_dir(&slave).map_err(text)?;
+    bind(&whole.join("two"), &slave)?;
+    mount("", &slave, "", libc::MS_SLAVE, "")?;
+    mount("", &whole, "", libc::MS_PRIVATE, "")?;
+    let before = table()?;
+    checkpoint.wait();
+    same("mounts", before, table()?)?;
+    let two = checkpoint.path("two").join("event");
+    fs::create_dir(&two).map_err(text)?;
+    mount("event", &two, "tmpfs", 0, "size=4k")?;
+    let shown = table()?.iter().filter(|line| line.contains("/event ")).count();
+    same("mounts of an event", 2, shown)?;
+    let top_c = c(&top);
+    sys!(umount2(top_c.as_ptr(), 0))?;
+    let hidden = fs::read_to_string(inner.join("file")).map_err(text)?;
+    same("a hidden file", "hidden", hidden.as_str())
 }

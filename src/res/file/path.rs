@@ -129,6 +129,11 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
     }
     if file.stat.st_nlink == 0 {
         let name = without_mark().to_vec();
+        // A mount may show a deleted file, which then has a path.
+        let found = intake.root_of(file).stat(Path::new(OsStr::from_bytes(&name)));
+        if found.is_ok_and(|found| is_same(&found, &file.stat)) {
+            return Ok(name);
+        }
         // The ghost could not be written again: files of huge pages take writes only by mappings.
         if file_system.filesystem_type() == HUGETLBFS_MAGIC && file.is_type(libc::S_IFREG) {
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    ffi::{CString, OsStr},
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
     os::{
@@ -22,9 +22,7 @@ use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
 use nix::{
     errno::Errno,
     libc,
-    mount::{MntFlags, MsFlags, mount as change_mount, umount2},
-    sched::{CloneFlags, unshare},
-    sys::stat::{Mode, SFlag, UtimensatFlags, fstat, major, makedev, minor, mknod, utimensat},
+    sys::stat::{Mode, SFlag, UtimensatFlags, major, makedev, minor, mknod, utimensat},
     sys::time::TimeSpec,
 };
 use tar::{Archive, Builder, Entry, EntryType, Header};
@@ -33,7 +31,7 @@ use crate::{
     image::{ImageError, ImageStore, ImageWriter, Kind, SnapshotWriter},
     proc::Mount,
     res::{ResError, Result},
-    sys::{fds, mounts, root, visit, xattr},
+    sys::{fds, root, visit, xattr},
     units::HostPid,
 };
 
@@ -43,58 +41,24 @@ const XATTR: &str = "SCHILY.xattr.";
 /// The size of the buffer for file contents: blocks of zeros of this size become holes.
 const BLOCK_BYTES: usize = 64 << 10;
 
+/// The name of a single file in an archive.
+const SINGLE: &str = "file";
+
 /// The permissions of a mode.
 const PERMISSIONS: u32 = 0o7777;
 
-/// How many mounts on one mount point are looked below.
-const STACK: usize = 64;
-
-/// Returns a copy of a mount of the namespace of a process, which shows all of it, also what other
-/// mounts hide there. `None` if the mount itself is hidden for good: it came from a more privileged
-/// namespace together with the one above it (`mount_namespaces(7)`).
-pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<Option<OwnedFd>> {
-    let failed = |source: io::Error| ResError::Mount {
-        point: mount.point.clone(),
-        step: "look into",
-        source,
-    };
-    let path = CString::new(mount.point.as_os_str().as_bytes())
-        .map_err(|_| failed(Errno::EINVAL.into()))?;
-    let device = makedev(mount.device.0.into(), mount.device.1.into());
-    let open = || -> io::Result<Option<OwnedFd>> {
-        for _ in 0..STACK {
-            let copy = mounts::copy(&path)?;
-            if fstat(&copy)?.st_dev == device {
-                return Ok(Some(copy));
-            }
-            match umount2(path.as_c_str(), MntFlags::MNT_DETACH) {
-                Err(Errno::EINVAL) => return Ok(None),
-                result => result?,
-            }
-        }
-        Err(Errno::ENOENT.into())
-    };
-    let found = visit::in_mounts(pid, || {
-        // Changes of this copy of the namespace reach nothing else.
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-        change_mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
-        open()
-    });
-    found.map_err(failed)
-}
-
-/// Packs the files of a tmpfs into the image of the device with this number. In the user namespace of
+/// Packs the files of a tmpfs, or a single deleted file or directory, into the image of this kind with this
+/// number. In the user namespace of
 /// process `users`, if it is given: the owners are numbers there. The archive is empty if there is no
 /// `tree`.
 pub(super) fn pack(
     tree: Option<&OwnedFd>,
     mount: &Mount,
-    device: u32,
+    (kind, number): (Kind, u32),
     images: &SnapshotWriter,
     users: Option<HostPid>,
 ) -> Result<()> {
-    let image = images.create(Kind::TmpfsDev, device.into())?;
+    let image = images.create(kind, number.into())?;
     let pack = || pack_into(image, tree);
     let packed = match users {
         Some(users) => visit::in_users(users, None, pack),
@@ -150,9 +114,15 @@ impl<W: Write> Packer<W> {
     /// Adds a file. The names in a directory become `pending`.
     fn add(&mut self, top: &Path, name: &Path, pending: &mut Vec<PathBuf>) -> io::Result<()> {
         let is_top = name.as_os_str().is_empty();
-        let path = if is_top { top.join(".") } else { top.join(name) };
-        let found = fs::symlink_metadata(&path)?;
-        let shown = Path::new(".").join(name);
+        // The top is a descriptor's link.
+        let is_single = is_top && !fs::metadata(top)?.is_dir();
+        let path = match (is_top, is_single) {
+            (_, true) => top.to_owned(),
+            (true, false) => top.join("."),
+            (false, false) => top.join(name),
+        };
+        let found = if is_top { fs::metadata(&path) } else { fs::symlink_metadata(&path) }?;
+        let shown = Path::new(".").join(if is_single { Path::new(SINGLE) } else { name });
         let mut header = Header::new_gnu();
         header.set_metadata(&found);
         header.set_uid(found.uid().into());
@@ -252,6 +222,37 @@ pub(super) fn unpack(
     unpacked.map(|()| true).map_err(failed)
 }
 
+/// Unpacks the deleted file or directory with this number, if an image has it, as `name` in `tree`. Users are as
+/// for [`unpack`]. Returns whether one has it.
+pub(super) fn unpack_deleted(
+    images: &dyn ImageStore,
+    number: u32,
+    (point, name): (&Path, &Path),
+    tree: BorrowedFd,
+    users: Option<(HostPid, (u32, u32))>,
+) -> Result<bool> {
+    let image = Kind::DeletedMount.file_name(number.into());
+    let stored = images.list().map_err(|source| unreadable(images, "", source))?;
+    if !stored.contains(&image) {
+        return Ok(false);
+    }
+    let input = images.open(&image).map_err(|source| unreadable(images, &image, source))?;
+    let failed = |source| ResError::Mount { point: point.to_owned(), step: "unpack", source };
+    let unpack = || -> io::Result<()> {
+        let mut archive = Archive::new(MultiGzDecoder::new(input.bytes));
+        let mut unpacker = Unpacker { tree, directories: Vec::new() };
+        let entry = archive.entries()?.next();
+        let mut entry = entry.unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()))?;
+        unpacker.make_as(name.to_owned(), &mut entry)?;
+        unpacker.finish()
+    };
+    let unpacked = match users {
+        Some((pid, ids)) => visit::in_users(pid, Some(ids), unpack),
+        None => unpack(),
+    };
+    unpacked.map(|()| true).map_err(failed)
+}
+
 fn unpack_from(packed: impl Read, tree: BorrowedFd) -> io::Result<()> {
     let mut archive = Archive::new(MultiGzDecoder::new(packed));
     let mut unpacker = Unpacker { tree, directories: Vec::new() };
@@ -283,6 +284,10 @@ struct Unpacker<'a> {
 impl Unpacker<'_> {
     fn make(&mut self, entry: &mut Entry<'_, impl Read>) -> io::Result<()> {
         let name = inside(&entry.path_bytes())?;
+        self.make_as(name, entry)
+    }
+
+    fn make_as(&mut self, name: PathBuf, entry: &mut Entry<'_, impl Read>) -> io::Result<()> {
         let attributes = attributes(entry)?;
         let kind = entry.header().entry_type();
         if name.as_os_str().is_empty() {

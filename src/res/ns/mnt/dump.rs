@@ -3,7 +3,8 @@
 use std::{collections::HashSet, os::unix::ffi::OsStrExt};
 
 use super::{
-    FROM_HOST, NAMED, UNKNOWN, contents, kernel_device,
+    FROM_HOST, NAMED, UNKNOWN, contents, deleted, kernel_device,
+    reach::reach,
     survey::{self, Found, Source},
 };
 use crate::{
@@ -37,9 +38,14 @@ const SHARED: u32 = 1 << 20;
 /// Writes the images of the mount namespaces of a tree.
 pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
     let found = survey::look(all)?;
+    let deleted = deleted::write(all, &found, images)?;
     for (space, of) in all.iter().enumerate() {
         let in_it = found.iter().filter(|found| found.space == space);
-        let entries: Vec<MntEntry> = in_it.map(|found| entry(found, of.ids)).collect();
+        let entries = in_it.map(|found| {
+            let rcriu_deleted = deleted.get(&found.mount.id).copied();
+            MntEntry { rcriu_deleted, ..entry(found, of.ids) }
+        });
+        let entries: Vec<MntEntry> = entries.collect();
         images.write(Kind::Mnts, of.number.into(), &entries)?;
     }
     let mut packed = HashSet::new();
@@ -49,14 +55,15 @@ pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
         if has_content && packed.insert(mount.device) {
             let Dumped { pid, ids, .. } = all[*space];
             let users = (!ids.is_own_namespace()).then_some(pid);
-            let tree = contents::reach(pid, mount)?;
+            let tree = reach(pid, mount)?;
             if tree.is_none() {
                 log::warn!(
                     "the tmpfs at {} is hidden for good by another mount there: a restore makes it empty",
                     mount.point.display()
                 );
             }
-            contents::pack(tree.as_ref(), mount, kernel_device(mount.device), images, users)?;
+            let image = (Kind::TmpfsDev, kernel_device(mount.device));
+            contents::pack(tree.as_ref(), mount, image, images, users)?;
         }
     }
     Ok(())
@@ -89,19 +96,21 @@ fn entry(found: &Found, ids: &IdMap) -> MntEntry {
         }
         _ => (mount.source.as_os_str().as_bytes(), None),
     };
+    let former_root = survey::former_root(mount).filter(|_| *source == Source::Deleted);
     MntEntry {
         fstype,
         mnt_id: mount.id.cast_unsigned(),
         root_dev: kernel_device(mount.device),
         parent_mnt_id: mount.parent.cast_unsigned(),
         flags: flags(names, &MOUNT_FLAGS) | propagation(mount),
-        root: mount.root.as_os_str().as_bytes().to_vec(),
+        root: former_root.unwrap_or(&mount.root).as_os_str().as_bytes().to_vec(),
         mountpoint: mount.point.as_os_str().as_bytes().to_vec(),
         source: source_path.to_vec(),
         options,
         shared_id: Some(mount.shared),
         master_id: Some(mount.master),
         fsname,
+        deleted: former_root.is_some().then_some(true),
         sb_flags: Some(sb_flags),
         ext_key,
         ..Default::default()

@@ -5,6 +5,7 @@
 //! - the root mount, and mounts whose file system rcriu sees as well, are *bound* from the host;
 //! - *external* mounts (`--external mnt[POINT]:KEY`) are bound from where the user says;
 //! - mounts of a file system that is mounted elsewhere in the namespace are bound from there;
+//! - a *deleted* file or directory is made again from the images for as long as the restore needs its name;
 //! - all others are *new*: file systems of the kernel show its state anyway, and the contents of a
 //!   tmpfs are in the images.
 //!
@@ -24,7 +25,9 @@
 
 mod calls;
 mod contents;
+mod deleted;
 mod dump;
+mod reach;
 mod restore;
 mod survey;
 
@@ -177,7 +180,7 @@ impl Namespace for Mnt {
     }
 
     fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
-        survey::look(all).map(drop)
+        deleted::check(all, &survey::look(all)?)
     }
 
     fn dump_all(&self, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {

@@ -14,12 +14,12 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
     libc,
-    sys::stat::Mode,
+    sys::stat::{Mode, fstat},
 };
 
 use super::{
     Content, FILE, FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, calls, contents,
-    root_of, survey::visible,
+    deleted, root_of, survey::visible,
 };
 use crate::{
     image::{ImageStore, Kind, proto::MntEntry},
@@ -97,6 +97,16 @@ impl Mount {
         format!("{step} {}", self.point.display())
     }
 
+    /// Returns its sharing group.
+    fn group(&self) -> Option<u32> {
+        self.entry.shared_id.filter(|group| *group != 0)
+    }
+
+    /// Returns the group from which it receives events.
+    fn master(&self) -> Option<u32> {
+        self.entry.master_id.filter(|group| *group != 0)
+    }
+
     fn sb_flags(&self) -> u32 {
         self.entry.sb_flags.unwrap_or(self.entry.flags & !OF_MOUNTS)
     }
@@ -142,6 +152,10 @@ struct Made {
     mounts: Vec<OwnedFd>,
     /// Copies of mounts outside to which they are related.
     outside: HashMap<usize, OwnedFd>,
+    /// Mounts with which sharing groups begin.
+    wide: HashMap<u32, OwnedFd>,
+    /// Deleted files that have names for now.
+    named: Vec<deleted::Named>,
     /// How many mounts were attached to the root that the first namespace has so far.
     attached: usize,
 }
@@ -217,7 +231,7 @@ impl Plan {
         };
         // That of the first process, if it has one, is the first one.
         self.spaces.first().map_or(Ok(()), begin)?;
-        let Made { mounts: made, outside, mut attached } = self.make(on)?;
+        let Made { mounts: made, outside, wide, named, mut attached } = self.make(on)?;
         for at in 0..self.spaces.len() {
             let Space { is_home, root, .. } = &self.spaces[at];
             if at > 0 {
@@ -229,7 +243,9 @@ impl Plan {
                 self.spaces[at].directory = Some(root_of(on.first, &self.ids)?);
             }
         }
-        self.relate(on, &made, &outside)?;
+        self.relate(on, &made, &wide, &outside)?;
+        // Backwards, since each sets the times of its directory to what it has found.
+        named.into_iter().rev().try_for_each(deleted::Named::remove)?;
         on.enter(FILE, self.home.number)
     }
 
@@ -302,6 +318,8 @@ impl Plan {
         }
         on.enter_those_of(&self.home.ids, FILE)?;
         let missing = || wrong(self.home.number, "a mount is bound from one that does not exist");
+        // Deleted files, by the number of their image, or else by file system and name.
+        let mut named: Vec<((bool, u32, &Path), deleted::Named)> = Vec::new();
         for (at, mount) in self.mounts.iter().enumerate() {
             let Source::Bind(from, rest) = &mount.source else { continue };
             let source = &self.mounts[*from].source;
@@ -310,7 +328,26 @@ impl Plan {
                 continue;
             }
             let from = originals.get(from).ok_or_else(missing)?;
-            let name = rest.as_os_str().as_bytes();
+            let mut name = rest.as_os_str().as_bytes();
+            if mount.entry.deleted == Some(true) {
+                let key = match mount.entry.rcriu_deleted {
+                    Some(number) => (true, number, Path::new("")),
+                    None => (false, mount.entry.root_dev, rest.as_path()),
+                };
+                if !named.iter().any(|(known, _)| *known == key) {
+                    let point = self.mount_point(mount, |at| made[at].as_ref())?;
+                    let former = deleted::Former {
+                        point: &mount.point,
+                        number: mount.entry.rcriu_deleted,
+                        path: rest,
+                        is_directory: is_directory(&point),
+                    };
+                    let users = self.ids.lowest().map(|ids| (on.first, ids));
+                    named.push((key, deleted::Named::make(&**on.images, former, from, users)?));
+                }
+                let again = named.iter().find(|(known, _)| *known == key).map(|(_, again)| again);
+                name = again.ok_or_else(missing)?.path.as_os_str().as_bytes();
+            }
             let named = match root::name_on_mount(from.as_fd(), name) {
                 // The slave of a terminal that is still to be opened, such as /dev/console.
                 Err(Errno::ENOENT) if mount.entry.fstype == DEVPTS => {
@@ -335,7 +372,51 @@ impl Plan {
             };
             calls::set(on, fd.as_fd(), attributes, &mount.what("set the flags of the mount at"))?;
         }
-        Ok(Made { mounts: made, outside, attached: originals.len() })
+        let wide = self.wide_mounts(on, &originals)?;
+        let named = named.into_iter().map(|(_, named)| named).collect();
+        Ok(Made { mounts: made, outside, wide, named, attached: originals.len() })
+    }
+
+    /// Returns the mount point of a mount, on the one on which it is.
+    fn mount_point<'a>(
+        &self,
+        mount: &Mount,
+        made: impl Fn(usize) -> Option<&'a OwnedFd>,
+    ) -> Result<OwnedFd> {
+        let missing = || wrong(self.home.number, "a mount has no mount point");
+        let parent = mount.parent.ok_or_else(missing)?;
+        let on = made(parent).ok_or_else(missing)?;
+        let rest = below(&mount.point, &self.mounts[parent].point).unwrap_or(Path::new(""));
+        let point = root::name_on_mount(on.as_fd(), rest.as_os_str().as_bytes());
+        point.map_err(failed(mount, "find the mount point of"))
+    }
+
+    /// Returns a mount for each group of mounts of which none shows all that the others show. A mount can join the
+    /// group only of one that shows more of the file system.
+    fn wide_mounts(
+        &self,
+        on: &Building<'_>,
+        originals: &HashMap<usize, OwnedFd>,
+    ) -> Result<HashMap<u32, OwnedFd>> {
+        let mut wide = HashMap::new();
+        let groups: HashSet<u32> = self.mounts.iter().filter_map(Mount::group).collect();
+        for group in groups {
+            let members = || self.mounts.iter().filter(move |mount| mount.group() == Some(group));
+            let slaves = self.mounts.iter().filter(|mount| mount.master() == Some(group));
+            let mut all = members().chain(slaves);
+            let widest = members().min_by_key(|mount| mount.root.components().count());
+            let Some(widest) = widest else { continue };
+            let is_enough = all.all(|mount| below(&mount.root, &widest.root).is_some());
+            let original = match &widest.source {
+                Source::Bind(from, _) if !is_enough => originals.get(from),
+                _ => None,
+            };
+            if let Some(original) = original {
+                let what = widest.what("copy the file system of the mount at");
+                wide.insert(group, calls::copy(on, original.as_fd(), &what)?);
+            }
+        }
+        Ok(wide)
     }
 
     /// Mounts a file system anew, with its contents.
@@ -405,9 +486,7 @@ impl Plan {
             on_it.sort_by_key(|at| std::cmp::Reverse(depth(&self.mounts[*at])));
             for at in &on_it {
                 let mount = &self.mounts[*at];
-                let rest = below(&mount.point, &self.mounts[parent].point).unwrap_or(Path::new(""));
-                let point = root::name_on_mount(made[parent].as_fd(), rest.as_os_str().as_bytes());
-                let point = point.map_err(failed(mount, "find the mount point of"))?;
+                let point = self.mount_point(mount, |at| made.get(at))?;
                 let what = mount.what("attach the mount at");
                 calls::attach(on, made[*at].as_fd(), point.as_fd(), &what)?;
             }
@@ -416,61 +495,63 @@ impl Plan {
         Ok(())
     }
 
-    /// Puts the mounts into their sharing groups.
+    /// Puts the mounts into their sharing groups. Some groups begin with a `wide` mount.
     fn relate(
         &self,
         on: &Building<'_>,
         made: &[OwnedFd],
+        wide: &HashMap<u32, OwnedFd>,
         outside: &HashMap<usize, OwnedFd>,
     ) -> Result<()> {
-        let group = |mount: &Mount| mount.entry.shared_id.filter(|group| *group != 0);
-        let master = |mount: &Mount| mount.entry.master_id.filter(|group| *group != 0);
-        let groups: HashSet<u32> = self.mounts.iter().filter_map(group).collect();
+        let groups: HashSet<u32> = self.mounts.iter().filter_map(Mount::group).collect();
         // The first of each group.
-        let mut first: HashMap<u32, usize> = HashMap::new();
+        let mut first: HashMap<u32, BorrowedFd> = HashMap::new();
         // A mount can join the group of one that shows more of the same file system only.
         let mut order: Vec<usize> = (0..self.mounts.len()).collect();
         order.sort_by_key(|at| self.mounts[*at].root.components().count());
         // The kernel changes only mounts of the namespace that the caller is in.
         let mut space = None;
-        let mut propagate = |at: usize, propagation: u64| {
-            let of_mount = self.mounts[at].space;
+        let mut propagate = |mount: &Mount, fd: BorrowedFd, propagation: u64| {
+            let of_mount = mount.space;
             if self.has_others() && space != Some(of_mount) {
                 on.enter(FILE, self.spaces[of_mount].member.number)?;
                 space = Some(of_mount);
             }
             let attributes = MountAttributes { propagation, ..MountAttributes::default() };
-            let what = self.mounts[at].what("set the propagation of the mount at");
-            calls::set(on, made[at].as_fd(), attributes, &what)
+            let what = mount.what("set the propagation of the mount at");
+            calls::set(on, fd, attributes, &what)
         };
         loop {
             let before = order.len();
             let mut later = Vec::new();
             for at in order {
-                let mount = &self.mounts[at];
+                let (mount, own) = (&self.mounts[at], made[at].as_fd());
                 let what = mount.what("share the mount at");
-                let of_master = master(mount)
+                let of_master = mount
+                    .master()
                     .map(|master| (groups.contains(&master), first.get(&master).copied()));
                 // Its master must be there first.
                 if let Some((true, None)) = of_master {
                     later.push(at);
                     continue;
                 }
-                if let Some(other) = group(mount).and_then(|group| first.get(&group)) {
-                    calls::join(on, made[at].as_fd(), made[*other].as_fd(), &what)?;
+                if let Some(other) = mount.group().and_then(|group| first.get(&group)) {
+                    calls::join(on, own, *other, &what)?;
                     continue;
                 }
+                let begins = mount.group().and_then(|group| wide.get(&group)).map(AsFd::as_fd);
+                let head = begins.unwrap_or(own);
                 match of_master {
                     Some((_, Some(other))) => {
-                        calls::join(on, made[at].as_fd(), made[other].as_fd(), &what)?;
-                        propagate(at, libc::MS_SLAVE)?;
+                        calls::join(on, head, other, &what)?;
+                        propagate(mount, head, libc::MS_SLAVE)?;
                     }
                     Some((_, None)) => match outside.get(&at) {
                         Some(other) => {
                             // The first process may have no power over mounts outside.
-                            mounts::join(made[at].as_fd(), other.as_fd())
+                            mounts::join(head, other.as_fd())
                                 .map_err(failed(mount, "join the groups outside of"))?;
-                            propagate(at, libc::MS_SLAVE)?;
+                            propagate(mount, head, libc::MS_SLAVE)?;
                         }
                         None => log::warn!(
                             "the mount at {} no longer receives events from mounts outside",
@@ -479,12 +560,15 @@ impl Plan {
                     },
                     None => {}
                 }
-                if let Some(group) = group(mount) {
-                    propagate(at, libc::MS_SHARED)?;
-                    first.insert(group, at);
+                if let Some(group) = mount.group() {
+                    propagate(mount, head, libc::MS_SHARED)?;
+                    first.insert(group, head);
+                }
+                if begins.is_some() {
+                    calls::join(on, own, head, &what)?;
                 }
                 if mount.entry.flags & UNBINDABLE != 0 {
-                    propagate(at, libc::MS_UNBINDABLE)?;
+                    propagate(mount, own, libc::MS_UNBINDABLE)?;
                 }
             }
             if later.is_empty() {
@@ -499,6 +583,10 @@ impl Plan {
             order = later;
         }
     }
+}
+
+fn is_directory(file: &OwnedFd) -> bool {
+    fstat(file).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
 /// Opens the master of the slave with this name, on a mount of devpts.

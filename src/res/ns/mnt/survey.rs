@@ -2,18 +2,20 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::File,
-    io::{self, Read},
-    os::fd::{AsRawFd, OwnedFd},
+    ffi::OsStr,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
 use nix::{
-    fcntl::{OFlag, open, openat},
+    fcntl::{OFlag, open},
     sys::stat::Mode,
 };
 
-use super::{Content, FileSystem, Options, below};
+use super::{Content, FileSystem, Options, below, reach::Table};
 use crate::{
     causes::tell,
     proc::{self, Mount},
@@ -41,6 +43,9 @@ pub(super) enum Source {
     New(Option<&'static FileSystem>),
     /// It is bound from another mount of the namespace.
     Bind,
+    /// It shows a file or directory that was deleted, and that a restore makes anew in another mount of
+    /// the tree, for as long as it needs the name.
+    Deleted,
 }
 
 /// A mount with the decision.
@@ -81,17 +86,8 @@ pub(super) fn look(all: &[Dumped<'_>]) -> Result<Vec<Found>> {
 /// Reads the table of mounts of the namespace of a process, as its root directory shows it.
 pub(in crate::res::ns) fn table(pid: HostPid) -> Result<Vec<Mount>> {
     let failed = |source| ResError::Read { path: format!("/proc/{pid}/mountinfo").into(), source };
-    let read = || -> io::Result<Vec<u8>> {
-        let proc = File::open("/proc")?;
-        visit::in_mounts(pid, || {
-            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-            let file = openat(&proc, "thread-self/mountinfo", flags, Mode::empty())?;
-            let mut text = Vec::new();
-            File::from(file).read_to_end(&mut text)?;
-            Ok(text)
-        })
-    };
-    Ok(proc::mounts_in(&read().map_err(failed)?)?)
+    let text = Table::open().and_then(|table| visit::in_mounts(pid, || table.read()));
+    Ok(proc::mounts_in(&text.map_err(failed)?)?)
 }
 
 /// Returns the numbers of the mounts of a namespace, that of the root first.
@@ -141,6 +137,12 @@ fn own_namespaces(pid: HostPid) -> HashSet<&'static str> {
     kinds.filter(|kind| proc::is_in_other_namespace(pid, kind)).collect()
 }
 
+/// Returns the path that the file or directory of a mount had, if it was deleted.
+pub(super) fn former_root(mount: &Mount) -> Option<&Path> {
+    let root = mount.root.as_os_str().as_bytes().strip_suffix(DELETED)?;
+    Some(Path::new(OsStr::from_bytes(root)))
+}
+
 /// A mount namespace of the tree.
 struct Space {
     /// A process in it.
@@ -185,7 +187,10 @@ impl Survey<'_> {
         }
         let help = "unmount it, leave it out (--skip-mnt), or provide it at the restore (--external \
                     'mnt[POINT]:KEY')";
-        if mount.root.as_os_str().as_encoded_bytes().ends_with(DELETED) {
+        if let Some(root) = former_root(mount) {
+            if self.can_have(mount, root) {
+                return Ok(Source::Deleted);
+            }
             return Err(self.refused(at, "of a file or directory that was deleted", help));
         }
         let known = FileSystem::by_name(&mount.fs_type);
@@ -257,6 +262,25 @@ impl Survey<'_> {
         let what =
             format!("of {}, while no mount shows the whole file system", mount.root.display());
         Err(self.refused(at, &what, help))
+    }
+
+    /// Whether another mount can have the deleted file of a mount while a restore needs it.
+    fn can_have(&self, mount: &Mount, former: &Path) -> bool {
+        let is_writable = |other: &Mount| {
+            let mut flags = other.options.split(|byte| *byte == b',');
+            !flags.any(|flag| flag == b"ro")
+        };
+        self.mounts.iter().enumerate().any(|(at, (_, other))| {
+            let is_stored = other.fs_type == b"tmpfs" && other.root == Path::new("/");
+            let point = other.point.as_os_str().as_encoded_bytes();
+            other.device == mount.device
+                && below(former, &other.root).is_some()
+                && is_writable(other)
+                && (at == 0
+                    || is_stored
+                    || self.options.external(point).is_some()
+                    || self.on_host(other).is_some())
+        })
     }
 
     /// Returns the path at which rcriu sees the root of a mount.
