@@ -519,6 +519,32 @@ fn privileged_groups_that_are_gone_are_made_with_their_properties() {
     }
 }
 
+/// A restore that was killed leaves groups; the next one finds that they are its own, in any mode.
+#[test]
+fn privileged_groups_of_a_killed_restore_are_used_by_the_next() {
+    require(Cap::Ptrace);
+    for mode in ["soft", "strict"] {
+        let mut live = Live::workload("private_anon");
+        let Some(group) = Group::new("pids", &format!("killed-{mode}")) else { return };
+        group.write("pids.max", "77");
+        group.write("cgroup.procs", &live.root.to_string());
+        live.dump(&[]);
+        fs::remove_dir(&group.0).unwrap();
+        let mode = format!("--manage-cgroups={mode}");
+        live.fault = Some("restore-last:kill".to_owned());
+        assert!(!live.try_restore(&[&mode]).status.success());
+        live.fault = None;
+        live.wait_gone();
+        assert!(group.0.is_dir() && group.procs().is_empty());
+        group.write("pids.max", "max");
+        live.restore(&[&mode]);
+        assert_eq!(value(&group.0, "pids.max"), "77");
+        assert!(rcriu::sys::xattr::get(&group.0, "user.rcriu.unfinished").is_err());
+        live.verdict();
+        live.wait_gone();
+    }
+}
+
 /// Existing groups: their properties are set or left alone, or they are in the way.
 #[test]
 fn privileged_modes_differ_for_groups_that_exist() {

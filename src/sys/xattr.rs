@@ -39,6 +39,17 @@ pub fn all(path: &Path) -> Result<Vec<Attribute>, Errno> {
     names.map(|name| Ok((name.to_owned(), value(path, name, MOST_BYTES)?))).collect()
 }
 
+/// Removes an attribute of the file at `path`, which is not followed if it is a link.
+///
+/// # Errors
+/// `ENODATA` if there is none; those of `lremovexattr(2)`.
+pub fn remove(path: &Path, name: &[u8]) -> Result<(), Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: both strings end with a zero and outlive the call.
+    Errno::result(unsafe { libc::lremovexattr(path.as_ptr(), name.as_ptr()) }).map(drop)
+}
+
 /// Sets an extended attribute of a file.
 ///
 /// # Errors

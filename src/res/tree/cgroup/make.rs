@@ -16,6 +16,8 @@ use super::{
 use crate::{
     image::proto::{CgControllerEntry, CgroupDirEntry, CgroupEntry},
     proc::{self, Mount},
+    sys::xattr,
+    units::HostPid,
 };
 
 /// The most cgroups that a restore makes.
@@ -75,10 +77,15 @@ impl Made {
             let path = place.to_owned();
             move |source| CgroupError::Make { step, path, source }
         };
-        if mode == Mode::Strict && !may_exist && place.is_dir() {
+        let is_left = is_left(place);
+        if is_left {
+            // Of a restore that was killed: it is removed again if this one fails.
+            self.begin(place);
+        }
+        if mode == Mode::Strict && !may_exist && !is_left && place.is_dir() {
             return Err(CgroupError::Exists { path: place.to_owned() });
         }
-        let mut is_new = false;
+        let mut is_new = is_left;
         if !place.is_dir() {
             if mode == Mode::Props {
                 return Err(CgroupError::Absent {
@@ -127,12 +134,19 @@ impl Made {
                 return Err(io::Error::other(format!("the images have more than {MOST} cgroups")));
             }
             fs::create_dir(path)?;
-            self.new.push(path.to_owned());
+            self.begin(path);
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 inherit(path, file)?;
             }
         }
         Ok(())
+    }
+
+    /// Marks a cgroup as one of a restore that is not complete, and remembers it.
+    fn begin(&mut self, path: &Path) {
+        self.new.push(path.to_owned());
+        // Where that is not possible, the next restore finds a cgroup like any other.
+        let _ = xattr::set(path, UNFINISHED.as_bytes(), own_mark().as_bytes());
     }
 
     /// Sets the properties of this time.
@@ -146,8 +160,31 @@ impl Made {
 
     /// Keeps the cgroups: the tree is restored.
     pub(super) fn keep(&mut self) {
-        self.new.clear();
+        for path in self.new.drain(..) {
+            let _ = xattr::remove(&path, UNFINISHED.as_bytes());
+        }
     }
+}
+
+/// The attribute of a cgroup that names the restore which has made it, until that is complete.
+const UNFINISHED: &str = "user.rcriu.unfinished";
+
+/// Returns what names this program among all that ever ran.
+fn own_mark() -> String {
+    mark_of(HostPid::own()).unwrap_or_default()
+}
+
+fn mark_of(pid: HostPid) -> Option<String> {
+    Some(format!("{pid} {}", proc::stat(pid).ok()?.start_time))
+}
+
+/// Whether a cgroup was made by a restore that was killed, and is empty.
+fn is_left(place: &Path) -> bool {
+    let Ok(mark) = xattr::get(place, UNFINISHED) else { return false };
+    let mark = String::from_utf8_lossy(&mark).into_owned();
+    let maker = mark.split_once(' ').and_then(|(pid, _)| pid.parse().ok()).map(HostPid);
+    let is_over = maker.is_some_and(|pid| mark_of(pid).is_none_or(|now| now != mark));
+    is_over && fs::read(place.join("cgroup.procs")).is_ok_and(|list| list.is_empty())
 }
 
 impl Drop for Made {
