@@ -26,8 +26,8 @@ use nix::{
 };
 use tempfile::TempDir;
 
-/// What keeps the connections and locks of the servers. Cgroups are those of the machine.
-const OPTIONS: [&str; 3] = ["--tcp-established", "--file-locks", "--manage-cgroups=ignore"];
+/// What keeps the connections and locks of the servers.
+const OPTIONS: [&str; 2] = ["--tcp-established", "--file-locks"];
 
 /// How long cron may take: it looks once a minute.
 const A_MINUTE: Duration = Duration::from_secs(90);
@@ -95,8 +95,14 @@ impl Debian {
         let mut debian = Self { dir, outside, init: Pid::from_raw(of), talked: 0, options: vec![] };
         let children = format!("/proc/{of}/task/{of}/children");
         wait_for("the first process", || {
-            let child = fs::read_to_string(&children).ok().and_then(|all| all.trim().parse().ok());
-            child.is_some_and(|pid| {
+            let children = fs::read_to_string(&children).unwrap_or_default();
+            let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            let first = pids.find(|pid: &i32| {
+                let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+                let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+                numbers.is_some_and(|numbers| numbers.ends_with("\t1"))
+            });
+            first.is_some_and(|pid| {
                 debian.init = Pid::from_raw(pid);
                 true
             })
@@ -206,7 +212,7 @@ impl Debian {
         self.talk();
         let before = self.state();
         for known in
-            ["nginx: master", "/dev/pts/0 crw", "10.9.8.7", "- mqueue ", "/run/postgresql/"]
+            ["nginx: master", "/dev/pts/0 crw", " 127.0.0.1/8 ", "- mqueue ", "/run/postgresql/"]
         {
             assert!(before.iter().any(|line| line.contains(known)), "{known}: {before:#?}");
         }
@@ -298,5 +304,29 @@ fn privileged_debian_in_namespaces() {
     ];
     needs();
     let mut debian = Debian::boot(&[&UNSHARE[..], &["/sbin/init"]].concat());
+    // Those of the machine.
+    debian.options = vec!["--manage-cgroups=ignore".to_owned()];
+    debian.goes_through_it();
+}
+
+/// Mounts of deleted files over those of `/proc`, hidden ones, and groups of mounts.
+#[test]
+fn privileged_debian_in_systemd_nspawn() {
+    const NSPAWN: [&str; 8] = [
+        "systemd-nspawn",
+        "--quiet",
+        "--register=no",
+        "--keep-unit",
+        "--private-network",
+        "--console=pipe",
+        "--directory",
+        "ROOT",
+    ];
+    needs();
+    require(Cap::Program("systemd-nspawn"));
+    let mut debian = Debian::boot(&[&NSPAWN[..], &["/sbin/init"]].concat());
+    // A directory of the host by which systemd-nspawn sends mounts, and which goes away with it.
+    debian.options =
+        vec!["--skip-mnt=/run/host/incoming".to_owned(), "--manage-cgroups".to_owned()];
     debian.goes_through_it();
 }
