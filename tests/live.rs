@@ -654,6 +654,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
     ("user_namespace_without_a_map", "which its user namespace does not map"),
+    ("id_mapped_mount", "with a map of ids of its own"),
     ("child_in_another_cgroup_namespace", "that is not that of process"),
     ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.

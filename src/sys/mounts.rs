@@ -62,8 +62,11 @@ pub mod attribute {
     pub const STRICT_ATIME: u64 = 0x20;
     /// `MOUNT_ATTR_NODIRATIME`.
     pub const NO_DIR_ATIME: u64 = 0x80;
+    /// `MOUNT_ATTR_NOSYMFOLLOW` (Linux 5.14).
+    pub const NO_LINKS: u64 = 0x20_0000;
     /// All that a restore sets.
-    pub const ALL: u64 = READ_ONLY | NO_SUID | NO_DEV | NO_EXEC | ACCESS_TIMES | NO_DIR_ATIME;
+    pub const ALL: u64 =
+        READ_ONLY | NO_SUID | NO_DEV | NO_EXEC | ACCESS_TIMES | NO_DIR_ATIME | NO_LINKS;
 }
 
 /// `struct mount_attr` (`linux/mount.h`, Linux 5.12).

@@ -25,6 +25,7 @@ use crate::{
 pub const ROWS: &[Row] = &[
     ("mount_namespace", mount_namespace),
     ("mount_namespace_of_users", mount_namespace_of_users),
+    ("id_mapped_mount", id_mapped_mount),
     ("mount_namespace_sockets", mount_namespace_sockets),
     ("mount_namespace_of_a_child", of_a_child),
     ("mount_namespaces", mount_namespaces),
@@ -32,6 +33,9 @@ pub const ROWS: &[Row] = &[
     ("mount_namespace_deleted", mount_namespace_deleted),
     ("mount_namespace_hidden", mount_namespace_hidden),
 ];
+
+/// `linux/mount.h`, since Linux 5.10.
+const MS_NOSYMFOLLOW: u64 = 1 << 8;
 
 /// What may be mounted twice on a machine.
 const HIDDEN: [&str; 2] = ["/ /dev/shm ", "/ /dev/pts "];
@@ -216,7 +220,8 @@ fn all_kinds(checkpoint: &Checkpoint, privileged: bool) -> Verdict {
     let bound = at("bound")?;
     let inside = tmpfs.join("directory");
     mount(&inside.display().to_string(), &bound, "", libc::MS_BIND, "")?;
-    mount("", &bound, "", libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY, "")?;
+    let flags = libc::MS_RDONLY | MS_NOSYMFOLLOW;
+    mount("", &bound, "", libc::MS_BIND | libc::MS_REMOUNT | flags, "")?;
     let file = top.join("file");
     fs::write(&file, "").map_err(text)?;
     mount(&tmpfs.join("another name").display().to_string(), &file, "", libc::MS_BIND, "")?;
@@ -660,4 +665,47 @@ fn mount_namespace_hidden(checkpoint: &Checkpoint) -> Verdict {
     sys!(umount2(top_c.as_ptr(), 0))?;
     let hidden = fs::read_to_string(inner.join("file")).map_err(text)?;
     same("a hidden file", "hidden", hidden.as_str())
+}
+
+/// Refused: the kernel does not tell how the mount maps ids.
+fn id_mapped_mount(checkpoint: &Checkpoint) -> Verdict {
+    const OPEN_TREE_CLONE: libc::c_long = 1;
+    const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
+    const MOVE_MOUNT_F_EMPTY_PATH: libc::c_long = 4;
+    enter()?;
+    // SAFETY: this process has one thread.
+    let child = sys!(fork())?;
+    if child == 0 {
+        let entered = sys!(unshare(libc::CLONE_NEWUSER)).and_then(|_| sys!(raise(libc::SIGSTOP)));
+        // SAFETY: it only ends.
+        unsafe { libc::_exit(i32::from(entered.is_err())) };
+    }
+    let mut status = 0;
+    sys!(waitpid(child, &raw mut status, libc::WUNTRACED))?;
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{child}/{map}"), "0 1000 10").map_err(text)?;
+    }
+    let users = File::open(format!("/proc/{child}/ns/user")).map_err(text)?;
+    sys!(kill(child, libc::SIGKILL))?;
+    sys!(waitpid(child, &raw mut status, 0))?;
+    let point = checkpoint.path("mapped");
+    fs::create_dir(&point).map_err(text)?;
+    let (path, here) = (c(&point), libc::c_long::from(libc::AT_FDCWD));
+    let tree = sys!(syscall(libc::SYS_open_tree, here, path.as_ptr(), OPEN_TREE_CLONE))?;
+    let users = u64::try_from(users.as_raw_fd()).expect("a descriptor");
+    let attributes = [MOUNT_ATTR_IDMAP, 0, 0, users];
+    let empty = c"".as_ptr();
+    sys!(syscall(
+        libc::SYS_mount_setattr,
+        tree,
+        empty,
+        libc::AT_EMPTY_PATH,
+        attributes.as_ptr(),
+        size_of_val(&attributes)
+    ))?;
+    let flags = MOVE_MOUNT_F_EMPTY_PATH;
+    sys!(syscall(libc::SYS_move_mount, tree, empty, here, path.as_ptr(), flags))?;
+    sys!(close(i32::try_from(tree).expect("a descriptor")))?;
+    checkpoint.wait();
+    Ok(())
 }

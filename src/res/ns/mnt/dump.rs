@@ -15,11 +15,12 @@ use crate::{
 };
 
 /// Flags of mounts in the images: `MS_*` (`linux/mount.h`) by their names in `mountinfo`.
-const MOUNT_FLAGS: [(&str, u32); 7] = [
+const MOUNT_FLAGS: [(&str, u32); 8] = [
     ("ro", 1),
     ("nosuid", 2),
     ("nodev", 4),
     ("noexec", 8),
+    ("nosymfollow", 1 << 8),
     ("noatime", 1 << 10),
     ("nodiratime", 1 << 11),
     ("relatime", 1 << 21),

@@ -49,11 +49,12 @@ const MOST_TERMINALS: i32 = 1001;
 const VALUE_BYTES: usize = 255;
 
 /// Flags of mounts in the images (`MS_*`, `linux/mount.h`).
-const ATTRIBUTES: [(u32, u64); 6] = [
+const ATTRIBUTES: [(u32, u64); 7] = [
     (1, attribute::READ_ONLY),
     (2, attribute::NO_SUID),
     (4, attribute::NO_DEV),
     (8, attribute::NO_EXEC),
+    (1 << 8, attribute::NO_LINKS),
     (1 << 10, attribute::NO_ATIME),
     (1 << 11, attribute::NO_DIR_ATIME),
 ];
@@ -67,7 +68,7 @@ const FILE_SYSTEM_FLAGS: [(u32, &[u8]); 4] =
 const READ_ONLY: u32 = 1;
 
 /// The flags of mounts in images that do not tell those from flags of file systems.
-const OF_MOUNTS: u32 = 2 | 4 | 8 | (1 << 10) | (1 << 11) | RELATIVE_ATIME | (0xf << 17);
+const OF_MOUNTS: u32 = 2 | 4 | 8 | (1 << 8) | (1 << 10) | (1 << 11) | RELATIVE_ATIME | (0xf << 17);
 
 /// Where a mount comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]

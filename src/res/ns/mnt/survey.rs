@@ -30,6 +30,9 @@ use crate::{
 /// The end of the root of a mount whose file was deleted (`proc_pid_mountinfo(5)`).
 const DELETED: &[u8] = b"//deleted";
 
+/// What `mountinfo` shows of a mount that maps ids (`MOUNT_ATTR_IDMAP`, Linux 5.12), but not which.
+const ID_MAPPED: &[u8] = b"idmapped";
+
 /// How a restore gets a mount back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
@@ -178,6 +181,13 @@ impl Survey<'_> {
     fn source(&self, at: (usize, &Mount), is_root: bool, before: &[Found]) -> Result<Source> {
         let (space, mount) = at;
         let space = &self.spaces[space];
+        let is_mapped = mount.flags.split(|byte| *byte == b',').any(|flag| flag == ID_MAPPED);
+        if is_mapped && self.options.external(mount.point.as_os_str().as_encoded_bytes()).is_none()
+        {
+            let help = "mount it without a map of ids, or provide it at the restore (--external \
+                        'mnt[POINT]:KEY')";
+            return Err(self.refused(at, "with a map of ids of its own", help));
+        }
         if is_root && space.is_first {
             return Ok(Source::Root(self.on_host(mount)));
         }
