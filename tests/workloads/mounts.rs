@@ -465,12 +465,13 @@ fn mount_namespaces(checkpoint: &Checkpoint) -> Verdict {
         let before = table()?;
         child.wait();
         same("mounts of the first child", before, table()?)?;
+        back.join()?;
         await_event(&common, "first")?;
         own.check()?;
         over.check()?;
         shared.check()?;
         ensure!(fs::exists("file").map_err(text)?, "the current directory is another one");
-        back.join()
+        Ok(())
     })?;
     let second = checkpoint.fork(|child| {
         sys!(unshare(libc::CLONE_NEWNS))?;
