@@ -508,7 +508,7 @@ fn podman_in(shell: &[&str], commands: &str) -> String {
 fn privileged_podman_checkpoints_exports_and_imports() {
     podman(
         r#"reached() { $P logs $1 | tail -1; }
-         on() { n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
+         on() { until n=$(reached $1); [ -n "$n" ]; do sleep 0.1; done; sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
          $P run -d --name one --network none rcriu-test:1 sh -c \
              'i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done' >/dev/null
          on one 0
@@ -562,7 +562,7 @@ END
 fn privileged_podman_clones_checkpoints_and_keeps_volumes_and_terminals() {
     podman(
         r#"reached() { $P logs $1 | tail -1 | tr -d '\r'; }
-         on() { n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
+         on() { until n=$(reached $1); [ -n "$n" ]; do sleep 0.1; done; sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
          count='i=0; while true; do i=$((i+1)); echo $i; echo $i >/data/n; sleep 0.2; done'
          mkdir bound
          $P run -d --name one --network none -v $PWD/bound:/data rcriu-test:1 sh -c "$count" >/dev/null
