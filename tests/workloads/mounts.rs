@@ -227,6 +227,9 @@ fn all_kinds(checkpoint: &Checkpoint, privileged: bool) -> Verdict {
     mount(&tmpfs.join("another name").display().to_string(), &file, "", libc::MS_BIND, "")?;
     if privileged {
         mount("proc", &at("proc")?, "proc", libc::MS_NOEXEC, "")?;
+        // Without files.
+        mount("huge", &at("huge")?, "hugetlbfs", 0, "size=4m,mode=750")?;
+        mount("bpf", &at("bpf")?, "bpf", libc::MS_NODEV, "mode=700")?;
     }
     let terminals = at("terminals")?;
     mount("devpts", &terminals, "devpts", 0, "newinstance,ptmxmode=666,mode=620,gid=5")?;

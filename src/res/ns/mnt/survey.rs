@@ -11,11 +11,15 @@ use std::{
 };
 
 use nix::{
+    dir::Dir,
     fcntl::{OFlag, open},
     sys::stat::Mode,
 };
 
-use super::{Content, FileSystem, Options, below, reach::Table};
+use super::{
+    Content, FileSystem, Options, below,
+    reach::{Table, reach},
+};
 use crate::{
     causes::tell,
     proc::{self, Mount},
@@ -32,6 +36,12 @@ const DELETED: &[u8] = b"//deleted";
 
 /// What `mountinfo` shows of a mount that maps ids (`MOUNT_ATTR_IDMAP`, Linux 5.12), but not which.
 const ID_MAPPED: &[u8] = b"idmapped";
+
+/// File systems that are as new ones are while they are empty. Their contents are not in the images.
+const IN_MEMORY: [&str; 2] = ["hugetlbfs", "bpf"];
+
+/// The names in an empty one of these: of directories, and of files that each `bpf` has.
+const OF_KERNEL: [&[u8]; 4] = [b".", b"..", b"maps.debug", b"progs.debug"];
 
 /// How a restore gets a mount back.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -255,6 +265,13 @@ impl Survey<'_> {
             if self.options.enabled.iter().any(|known| *known == name || known == "all") {
                 return Ok(Source::New(None));
             }
+            if IN_MEMORY.contains(&&*name) {
+                if is_empty(space.pid, mount)? {
+                    return Ok(Source::New(None));
+                }
+                let what = "with files, whose contents are in memory only";
+                return Err(self.refused(at, what, help));
+            }
             return Err(self.refused(at, "of a file system that rcriu cannot mount again", help));
         }
         // The whole file system may be mounted later in the table.
@@ -335,6 +352,26 @@ impl Survey<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether a mounted file system has no files but those of the kernel.
+fn is_empty(pid: HostPid, mount: &Mount) -> Result<bool> {
+    let Some(tree) = reach(pid, mount)? else { return Ok(false) };
+    let is_empty = || -> nix::Result<bool> {
+        let mut directory =
+            Dir::openat(&tree, ".", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+        for entry in directory.iter() {
+            if !OF_KERNEL.contains(&entry?.file_name().to_bytes()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    };
+    is_empty().map_err(|errno| ResError::Mount {
+        point: mount.point.clone(),
+        step: "look into",
+        source: errno.into(),
+    })
 }
 
 /// Returns the path at which a mount of rcriu shows the directory or file `root` of its file system,
