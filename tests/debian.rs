@@ -47,6 +47,10 @@ fn root() -> PathBuf {
     root
 }
 
+/// The cgroup in which systemd-nspawn starts a container, where the hierarchies are those of version 1. A restore
+/// makes it again.
+const PAYLOAD: &str = "/sys/fs/cgroup/systemd/payload";
+
 /// A booted root file system.
 struct Debian {
     dir: TempDir,
@@ -55,6 +59,8 @@ struct Debian {
     init: Pid,
     talked: usize,
     options: Vec<String>,
+    /// Whether there was a cgroup of containers before.
+    had_payload: bool,
 }
 
 impl Debian {
@@ -84,6 +90,7 @@ impl Debian {
             word => word.to_owned(),
         });
         let words: Vec<String> = words.collect();
+        let had_payload = Path::new(PAYLOAD).exists();
         let outside = Command::new(&words[0])
             .args(&words[1..])
             .stdin(Stdio::null())
@@ -92,7 +99,8 @@ impl Debian {
             .spawn()
             .unwrap();
         let of = i32::try_from(outside.id()).unwrap();
-        let mut debian = Self { dir, outside, init: Pid::from_raw(of), talked: 0, options: vec![] };
+        let mut debian =
+            Self { dir, outside, init: Pid::from_raw(of), talked: 0, options: vec![], had_payload };
         let children = format!("/proc/{of}/task/{of}/children");
         wait_for("the first process", || {
             let children = fs::read_to_string(&children).unwrap_or_default();
@@ -278,6 +286,9 @@ impl Drop for Debian {
         let begin = Instant::now();
         while Path::new(&proc).exists() && begin.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(10));
+        }
+        if !self.had_payload {
+            let _ = fs::remove_dir(PAYLOAD);
         }
         let _ = umount2(&self.path("root"), MntFlags::MNT_DETACH);
         if std::thread::panicking() && std::env::var_os("RCRIU_TEST_KEEP").is_some() {
