@@ -4,7 +4,7 @@
 //! devices, addresses, routes and rules with go into them as they are. rcriu asks the kernel itself for
 //! these, and runs only the programs for packet filters, those of the host, in the network namespace.
 //!
-//! Sockets belong to their namespace, too: [`res::file`](crate::res::file) keeps them.
+//! Sockets belong to their namespace, too: [`res::file`] keeps them.
 
 mod filter;
 mod links;
