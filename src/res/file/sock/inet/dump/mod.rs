@@ -18,7 +18,6 @@ use nix::{
     errno::Errno,
     libc::{self, c_int},
     net::if_::if_nameindex,
-    poll::PollFlags,
     sys::socket::{getpeername, getsockname},
 };
 
@@ -475,14 +474,12 @@ impl Found {
         for _ in 0..LOOKS {
             let before = fds::readable_bytes(self.fd.as_fd()).map_err(failed())?;
             let all = diag::inet_sockets(family, protocol).map_err(failed())?;
-            let has_ended =
-                attributes::polled(self.fd.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))
-                    .map_err(failed())?;
             if before == fds::readable_bytes(self.fd.as_fd()).map_err(failed())? {
-                // A FIN is counted as one byte.
-                let end = u32::from(!has_ended.is_empty());
-                let listed = all.by_inode.get(&self.inode);
-                return Ok(listed.is_some_and(|listed| listed.receive_queue > before + end));
+                // The list counts a FIN, which ends reading (bit 0), as one byte.
+                let is_beyond = |listed: &diag::InetSocket| {
+                    listed.receive_queue > before + u32::from(listed.shutdown & 1)
+                };
+                return Ok(all.by_inode.get(&self.inode).is_some_and(is_beyond));
             }
         }
         Ok(false)
