@@ -304,6 +304,8 @@ fn pty_hangups(checkpoint: &Checkpoint) -> Verdict {
     let (first, path) = master(libc::O_CLOEXEC)?;
     let doomed = checkpoint.fork(|child| {
         sys!(close(first))?;
+        // SAFETY: SIG_DFL is no function. nohup(1) would leave the signal ignored.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
         lead(&path)?;
         child.wait();
         // SIGHUP ends it.
