@@ -287,6 +287,8 @@ fn opt(command: &str, arg: &Arg) -> Option<Opt> {
         "inherit-fd" => "fd[0]:key",
         "empty-ns" => "net",
         "cpu-cap" => "ins",
+        "cgroup-props" => PROPERTIES,
+        "cgroup-props-file" => "/dev/null",
         "ext-unix-sk" => "7",
         // The first ones that mean something are refused.
         _ if !values.is_empty() => values[0].get_name(),
@@ -841,10 +843,12 @@ fn watcher(path: &str) -> Run {
         fd = c.inotify_init1(0)\n\
         os.makedirs('a'); os.makedirs('b')\n\
         open('a/one', 'w').close(); os.link('a/one', 'b/two')\n\
-        assert c.inotify_add_watch(fd, sys.argv[1].encode(), 2) == 1\n\
+        assert c.inotify_add_watch(fd, sys.argv[1][::-1].encode(), 2) == 1\n\
         open('ready', 'w').close()\n\
         while True: time.sleep(1)\n";
-    Run::program("python3", &["-c", script, path])
+    // A dump would look for the file where the arguments lead.
+    let backwards: String = path.chars().rev().collect();
+    Run::program("python3", &["-c", script, &backwards])
 }
 
 /// The path of the watched file in the images.

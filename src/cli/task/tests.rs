@@ -269,8 +269,8 @@ fn lines_of_dump_become_options() {
             let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
             let external = external.map(str::to_owned).to_vec();
             dump.namespaces.mounts = ns::mnt::Options::new(&external, None);
-            let network = external[..2].to_vec();
-            dump.namespaces.network = ns::net::Options::new(network, Inherited::new(Vec::new()));
+            let inherited = Inherited::new(Vec::new());
+            dump.namespaces.network = ns::net::Options::new(external.clone(), inherited);
             dump.files.external = External::new(external);
         }),
         ("dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b", |dump| {
