@@ -55,16 +55,6 @@ fn needs() {
     require(Cap::Program("busybox"));
 }
 
-/// What a failed run must not leave behind: mounts, devices, cgroups.
-fn surroundings() -> Vec<String> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let devices = fs::read_to_string("/proc/self/net/dev").unwrap();
-    let names = |line: &str| line.split(':').next().unwrap_or_default().trim().to_owned();
-    let mut all: Vec<String> = mounts.lines().map(str::to_owned).collect();
-    all.extend(devices.lines().map(names));
-    all
-}
-
 /// A container of runc.
 struct Container {
     dir: TempDir,
@@ -75,6 +65,15 @@ impl Container {
     /// Starts a container that executes a command of the shell; `edit` changes its configuration.
     fn start(command: &str, edit: impl FnOnce(&mut Value)) -> Self {
         Self::start_with(command, &[], edit)
+    }
+
+    /// Ends it, and checks that nothing of it stays mounted.
+    fn end(self) {
+        let dir = self.dir.path().to_str().unwrap().to_owned();
+        drop(self);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let left: Vec<&str> = mounts.lines().filter(|line| line.contains(&dir)).collect();
+        assert!(left.is_empty(), "{left:#?}");
     }
 
     /// The same, with more arguments of `runc run`.
@@ -201,7 +200,6 @@ impl Drop for Container {
 #[test]
 fn privileged_runc_checkpoints_and_restores_twice() {
     needs();
-    let before = surroundings();
     let container = Container::start(COUNT, |_| {});
     container.counts_on();
     container.checkpoint("running", &["--leave-running"]);
@@ -215,8 +213,7 @@ fn privileged_runc_checkpoints_and_restores_twice() {
         let seen = container.exec("ps; cat /dev/shm/count; cat /proc/self/mountinfo");
         assert!(seen.contains("sleep 0.2") && seen.contains("/dev/shm"), "{seen}");
     }
-    drop(container);
-    assert_eq!(surroundings(), before);
+    container.end();
 }
 
 /// Gives a directory and all below it to a user and group.
@@ -234,7 +231,6 @@ fn give(top: &Path, id: u32) {
 #[test]
 fn privileged_runc_with_mapped_users_goes_on() {
     needs();
-    let before = surroundings();
     const COUNT: &str = "echo x >/dev/shm/of; chown 12:34 /dev/shm/of; i=0; while true; do i=$((i+1)); \
                          echo $i >/tmp/count; sleep 0.2; done";
     let container = Container::start(COUNT, |config| {
@@ -262,8 +258,7 @@ fn privileged_runc_with_mapped_users_goes_on() {
         assert!(container.counts_on() > reached);
         assert_eq!(container.exec(seen), was);
     }
-    drop(container);
-    assert_eq!(surroundings(), before);
+    container.end();
 }
 
 /// What CRIU cannot do on kernels without soft-dirty bits.
