@@ -257,6 +257,14 @@ pub(super) struct InetSocket {
     pub(super) md5_keys: Vec<u8>,
 }
 
+impl InetSocket {
+    /// Returns how many bytes a TCP connection has received that its program has not read. The kernel
+    /// lists a FIN, which ends reading (bit 0), as one more.
+    pub(super) fn unread_bytes(&self) -> u32 {
+        self.receive_queue.saturating_sub(u32::from(self.shutdown & 1))
+    }
+}
+
 /// The internet sockets of one family and protocol.
 #[derive(Clone, Debug, Default)]
 pub(super) struct InetSockets {

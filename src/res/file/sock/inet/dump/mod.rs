@@ -259,13 +259,7 @@ impl InetCollector {
             let _visit = found.network.visit().map_err(found.failed(ENTER))?;
             let shutdowns = match shutdowns.entry((found.network.number, found.family)) {
                 Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(place) => {
-                    let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
-                    let family = u8::try_from(found.family).expect("families are small");
-                    let listed = diag::inet_sockets(family, protocol);
-                    let step = "list the sockets of the network for";
-                    &*place.insert(listed.map_err(found.failed(step))?)
-                }
+                Entry::Vacant(place) => &*place.insert(found.list()?),
             };
             let connection = Connection::read(found.fd.as_fd())
                 .map_err(found.failed("look into the connection of (TCP_REPAIR)"))?;
@@ -276,7 +270,7 @@ impl InetCollector {
             }
             let listed = shutdowns.by_inode.get(&found.inode);
             let bytes = connection.entry.inq_len;
-            if listed.is_some_and(|listed| listed.receive_queue > bytes) && found.has_mark()? {
+            if listed.is_some_and(|listed| listed.unread_bytes() > bytes) && found.has_mark()? {
                 let (own, peer) = found.ends;
                 return Err(FileError::Unsupported {
                     pid: found.pid,
@@ -464,22 +458,25 @@ impl Collector for InetCollector {
 }
 
 impl Found {
+    /// Lists the TCP sockets of its network, which the caller visits.
+    fn list(&self) -> Result<diag::InetSockets> {
+        let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
+        let family = u8::try_from(self.family).expect("families are small");
+        let listed = diag::inet_sockets(family, protocol);
+        listed.map_err(self.failed("list the sockets of the network for"))
+    }
+
     /// Whether a mark of urgent data is in the received bytes. The kernel then returns only the bytes
     /// before the mark, but lists the number of all of them.
     fn has_mark(&self) -> Result<bool> {
         const LOOKS: usize = 10;
         let failed = || self.failed("look for urgent data in");
-        let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
-        let family = u8::try_from(self.family).expect("families are small");
         for _ in 0..LOOKS {
             let before = fds::readable_bytes(self.fd.as_fd()).map_err(failed())?;
-            let all = diag::inet_sockets(family, protocol).map_err(failed())?;
+            let all = self.list()?;
             if before == fds::readable_bytes(self.fd.as_fd()).map_err(failed())? {
-                // The list counts a FIN, which ends reading (bit 0), as one byte.
-                let is_beyond = |listed: &diag::InetSocket| {
-                    listed.receive_queue > before + u32::from(listed.shutdown & 1)
-                };
-                return Ok(all.by_inode.get(&self.inode).is_some_and(is_beyond));
+                let listed = all.by_inode.get(&self.inode);
+                return Ok(listed.is_some_and(|listed| listed.unread_bytes() > before));
             }
         }
         Ok(false)
