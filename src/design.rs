@@ -33,8 +33,8 @@
 //! records the same. If that was the dump of another tree after all, nothing is lost: a page
 //! is left to the parent only after both were compared, or if the parent's own id is that of
 //! the dump since which changes are tracked. A dump whose images are not in DIR is copied
-//! into it, not linked: whoever frees pages in one of them, or writes over it, must not
-//! change the other.
+//! into it, not linked: a program that frees pages in one of them, or writes over it, must
+//! not change the other.
 //!
 //! # Stores
 //!

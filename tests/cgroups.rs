@@ -294,7 +294,7 @@ impl Cold {
         fs::metadata(self.live.path("lines")).unwrap().len()
     }
 
-    /// Nobody traces the processes, and the one that is not of the tree has not run.
+    /// No program traces the processes, and the process outside of the tree has not run.
     fn assert_cold(&mut self, which: usize, lines: u64) {
         self.wait_frozen(which);
         let mut pids = self.live.tree();

@@ -8,7 +8,7 @@ pub trait Progress: Sync {
     fn done(&self, bytes: u64);
 }
 
-/// Tells nobody.
+/// Shows nothing.
 impl Progress for () {
     fn more(&self, _bytes: u64) {}
 

@@ -112,7 +112,7 @@ fn start(
 /// Tells the caller that the service waits for clients, and that nothing else comes.
 fn tell(fd: Option<i32>) {
     if let Some(Ok(status)) = fd.map(super::take) {
-        // A caller that no longer wants to know harms nobody.
+        // The caller may have closed its end: the service goes on.
         let _ = nix::unistd::write(&status, &[0]);
     }
 }

@@ -285,7 +285,7 @@ impl Plan {
         let mut space = None;
         for (at, mount) in self.mounts.iter().enumerate() {
             if self.has_others() && space != Some(mount.space) {
-                // File systems of the kernel show the namespaces of who mounts them.
+                // A file system of the kernel shows the namespaces of the process that mounts it.
                 on.enter_those_of(&self.spaces[mount.space].member.ids, FILE)?;
                 space = Some(mount.space);
             }
