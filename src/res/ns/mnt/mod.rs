@@ -27,6 +27,7 @@ mod calls;
 mod contents;
 mod deleted;
 mod dump;
+mod plan;
 mod reach;
 mod restore;
 mod survey;
@@ -195,7 +196,7 @@ impl Namespace for Mnt {
     ) -> Result<Box<dyn Restoring>> {
         let member = Member { number, pid: NsPid::NONE, ids: TaskKobjIdsEntry::default() };
         let all = std::slice::from_ref(&member);
-        Ok(Box::new(Mounts(restore::Plan::read(images, &member, all, &options.mounts)?)))
+        Ok(Box::new(Mounts(plan::Plan::read(images, &member, all, &options.mounts)?)))
     }
 
     fn restore_all(
@@ -206,14 +207,14 @@ impl Namespace for Mnt {
         options: &NamespaceOptions,
     ) -> Result<Vec<(Member, Box<dyn Restoring>)>> {
         let Some(first) = members.first() else { return Ok(Vec::new()) };
-        let plan = restore::Plan::read(images, home, members, &options.mounts)?;
+        let plan = plan::Plan::read(images, home, members, &options.mounts)?;
         Ok(vec![(first.clone(), Box::new(Mounts(plan)))])
     }
 }
 
 /// The mount namespaces to be restored.
 #[derive(Debug)]
-struct Mounts(restore::Plan);
+struct Mounts(plan::Plan);
 
 impl Restoring for Mounts {
     fn makes_others(&self) -> bool {
