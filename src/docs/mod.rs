@@ -18,6 +18,7 @@ documents! {
     speed = "speed.md";
     map = "map.md";
     phases = "phases.md";
+    page_server = "page_server.md";
     glossary = "glossary.md";
     adding_a_kind = "adding_a_kind.md";
     testing = "testing.md";

@@ -15,11 +15,11 @@ use super::{
 use crate::units::PageIndex;
 
 /// `flags`: the parent directory has the pages.
-const PARENT: u64 = 1;
+const PARENT: u16 = 1;
 /// `flags`: a restore may load the pages later.
-const LAZY: u64 = 2;
+const LAZY: u16 = 2;
 /// `flags`: the pages are in this directory's pages file.
-const PRESENT: u64 = 4;
+const PRESENT: u16 = 4;
 
 /// The fewest bytes of an entry in a file, including its length prefix; an entry at address
 /// 0 may be shorter.
@@ -88,6 +88,38 @@ pub struct PagemapEntry {
 }
 
 impl PagemapEntry {
+    /// Returns the entry with these numbers, as files and page servers have them.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn checked(vaddr: u64, pages: u64, flags: u64) -> Result<Self, &'static str> {
+        let has = |flag: u16| flags & u64::from(flag) != 0;
+        let presence = match (has(PRESENT), has(PARENT)) {
+            (true, false) => Presence::Present,
+            (false, true) => Presence::Parent,
+            (false, false) => Presence::Absent,
+            (true, true) => return Err("it is both present and in the parent"),
+        };
+        let first = PageIndex::at(vaddr).ok_or("the address is not page-aligned")?;
+        if pages == 0 {
+            return Err("it has no pages");
+        }
+        if pages > PageIndex::END.0.saturating_sub(first.0) {
+            return Err("it ends beyond the address space");
+        }
+        Ok(Self { first, pages, presence, lazy: has(LAZY) })
+    }
+
+    /// Returns the field `flags`.
+    pub(crate) fn flags(&self) -> u16 {
+        let place = match self.presence {
+            Presence::Present => PRESENT,
+            Presence::Parent => PARENT,
+            Presence::Absent => 0,
+        };
+        place | if self.lazy { LAZY } else { 0 }
+    }
+
     /// Returns the page after the last one.
     pub fn end(&self) -> PageIndex {
         PageIndex(self.first.0 + self.pages)
@@ -225,21 +257,12 @@ impl<R: BufRead> PagemapReader<R> {
             first,
             problem,
         };
-        let presence = fields.presence().map_err(wrong)?;
-        let pages = fields.pages;
-        if PageIndex::at(fields.vaddr).is_none() {
-            return Err(wrong("the address is not page-aligned"));
-        }
-        if pages == 0 {
-            return Err(wrong("it has no pages"));
-        }
-        if pages > PageIndex::END.0 - first.0 {
-            return Err(wrong("it ends beyond the address space"));
-        }
+        let entry =
+            PagemapEntry::checked(fields.vaddr, fields.pages, fields.flags).map_err(wrong)?;
         if first < self.end {
             return Err(wrong("it begins before the end of the entry before it"));
         }
-        Ok(PagemapEntry { first, pages, presence, lazy: fields.flags & LAZY != 0 })
+        Ok(entry)
     }
 }
 
@@ -275,17 +298,6 @@ struct Fields {
     vaddr: u64,
     pages: u64,
     flags: u64,
-}
-
-impl Fields {
-    fn presence(&self) -> Result<Presence, &'static str> {
-        match (self.flags & PRESENT != 0, self.flags & PARENT != 0) {
-            (true, false) => Ok(Presence::Present),
-            (false, true) => Ok(Presence::Parent),
-            (false, false) => Ok(Presence::Absent),
-            (true, true) => Err("it is both present and in the parent"),
-        }
-    }
 }
 
 /// Parses a `pagemap_head`. A chain of a thousand layers has a thousand for each memory.
@@ -332,7 +344,7 @@ fn parse(mut bytes: &[u8]) -> Result<Fields, &'static str> {
     Ok(Fields {
         vaddr: vaddr.ok_or("it lacks field vaddr")?,
         pages: pages.or(compat_pages).ok_or("it lacks field nr_pages")?,
-        flags: flags.unwrap_or(if in_parent { PARENT } else { PRESENT }),
+        flags: flags.unwrap_or((if in_parent { PARENT } else { PRESENT }).into()),
     })
 }
 
@@ -360,17 +372,11 @@ impl<W: Write> PagemapWriter<W> {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn entry(&mut self, entry: &PagemapEntry) -> Result<()> {
-        let place = match entry.presence {
-            Presence::Present => PRESENT,
-            Presence::Parent => PARENT,
-            Presence::Absent => 0,
-        };
-        let flags = place | if entry.lazy { LAZY } else { 0 };
         self.image.message(&proto::PagemapEntry {
             vaddr: entry.first.address(),
             compat_nr_pages: u32::try_from(entry.pages).unwrap_or(0),
             in_parent: None,
-            flags: u32::try_from(flags).ok(),
+            flags: Some(entry.flags().into()),
             nr_pages: Some(entry.pages),
         })
     }

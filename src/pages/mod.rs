@@ -14,6 +14,7 @@ pub mod scan;
 mod sink;
 mod source;
 mod stretch;
+pub mod wire;
 
 pub use copy::{Copied, Counts, copy};
 pub use error::{PagesError, Result};
