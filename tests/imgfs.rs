@@ -143,6 +143,11 @@ fn diff_tells_which_pages_differ_and_exits_like_diff() {
     assert_eq!(first.status.code(), Some(2));
     assert!(stderr(&first).contains("snapshot 1 has no parent"), "{}", stderr(&first));
 
+    let paths = ["1", "3"].map(|name| format!("{}/{name}", chain()));
+    let apart = json(&["diff", "--json", &paths[0], &paths[1]]);
+    assert_eq!(apart["memories"], document["memories"], "two directories of one chain");
+    assert_eq!(apart["a"], paths[0].as_str());
+
     let unknown = imgfs(&["diff", &chain(), "1", "9"]);
     assert_eq!(unknown.status.code(), Some(2));
     assert_eq!(

@@ -115,7 +115,7 @@ fn a_sparse_pagemap_is_an_error_and_takes_no_memory() {
             .iter()
             .any(|finding| format!("{finding:?}").contains("293"))
     );
-    names_it(diff(&chain, ids[0], ids[2], &mut |_, _| ()).unwrap_err().to_string());
+    names_it(diff((&chain, ids[0]), (&chain, ids[2]), &mut |_, _| ()).unwrap_err().to_string());
     let chain = Arc::new(chain);
     let view = View::new(Arc::clone(&chain), chain.choose(None).unwrap());
     names_it(flatten(&view, &root.path().join("flat"), &mut |_, _| {}).unwrap_err().to_string());

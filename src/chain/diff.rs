@@ -54,9 +54,23 @@ impl MemoryDiff {
 /// A memory in each of two snapshots, if the snapshot has it.
 type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
 
-/// Compares all memory of two snapshots, one memory at a time.
+/// The chains of the two snapshots, which may be the same.
+#[derive(Clone, Copy, Debug)]
+struct Chains<'a>([&'a Chain; 2]);
+
+impl Chains<'_> {
+    /// Returns whether two places are known to hold the same bytes.
+    fn equal(self, [a, b]: [Where; 2]) -> bool {
+        // Each chain numbers its files by itself.
+        let comparable =
+            matches!(a, Where::Zero | Where::Absent) || std::ptr::eq::<Chain>(self.0[0], self.0[1]);
+        comparable && a == b
+    }
+}
+
+/// Compares all memory of two snapshots, of one chain or of two, one memory at a time.
 ///
-/// Pages that resolve to the same place in the chain are not read. Memories are matched by
+/// Pages that resolve to the same place in one chain are not read. Memories are matched by
 /// pid and shmid. Calls `progress` with the bytes that are compared and with all that will be.
 ///
 /// # Errors
@@ -65,14 +79,14 @@ type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
 /// [`ChainError::Punched`], unless both find it in that place. Both are reported before any
 /// page is read.
 pub fn diff(
-    chain: &Chain,
-    first: SnapshotId,
-    second: SnapshotId,
+    first: (&Chain, SnapshotId),
+    second: (&Chain, SnapshotId),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<MemoryDiff>> {
-    let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
+    let chains = Chains([first.0, second.0]);
+    let (in_first, in_second) = (first.0.memories(first.1)?, second.0.memories(second.1)?);
     let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
-    let side = |id, there: &[MemoryId], memory| {
+    let side = |(chain, id): (&Chain, SnapshotId), there: &[MemoryId], memory| {
         there.contains(&memory).then(|| chain.index(id, memory)).transpose()
     };
     let indexes = |memory| -> Result<Pair> {
@@ -81,7 +95,7 @@ pub fn diff(
     let mut total = 0;
     for memory in &all {
         let (first, second) = indexes(*memory)?;
-        total += require_comparable(chain, *memory, first.as_deref(), second.as_deref())?;
+        total += require_comparable(chains, *memory, first.as_deref(), second.as_deref())?;
     }
     let mut done = 0;
     let mut compared = |pages| {
@@ -91,7 +105,7 @@ pub fn diff(
     all.into_iter()
         .map(|memory| {
             let (first, second) = indexes(memory)?;
-            diff_memory(chain, memory, first.as_deref(), second.as_deref(), &mut compared)
+            diff_memory(chains, memory, first.as_deref(), second.as_deref(), &mut compared)
         })
         .collect()
 }
@@ -117,23 +131,24 @@ fn walk(
 
 /// Checks that all pages that must be compared are readable, and counts them.
 fn require_comparable(
-    chain: &Chain,
+    chains: Chains<'_>,
     memory: MemoryId,
     first: Option<&Index>,
     second: Option<&Index>,
 ) -> Result<u64> {
     let mut total = 0;
-    let gone = |side: Option<&Index>, page: PageIndex, pages: u64| {
+    let gone = |chain: &Chain, side: Option<&Index>, page: PageIndex, pages: u64| {
         let (index, extent) = side.and_then(|index| Some((index, index.find(page)?)))?;
         let Place::Punched { layer, .. } = extent.place else { return None };
         let layer = &index.layers()[layer as usize];
         Some(freed::punched(chain, memory, layer, page, pages))
     };
     walk(first, second, |page, pages, a, b| match (a, b) {
-        (a, b) if a == b => Ok(()),
+        (a, b) if chains.equal([a, b]) => Ok(()),
         (Where::Absent, _) | (_, Where::Absent) => Err(ChainError::Absent { memory, first: page }),
         (Where::Punched(..), _) | (_, Where::Punched(..)) => {
-            let error = gone(first, page, pages).or_else(|| gone(second, page, pages));
+            let error = gone(chains.0[0], first, page, pages)
+                .or_else(|| gone(chains.0[1], second, page, pages));
             Err(error.expect("one of them was freed"))
         }
         _ => {
@@ -145,7 +160,7 @@ fn require_comparable(
 }
 
 fn diff_memory(
-    chain: &Chain,
+    chains: Chains<'_>,
     memory: MemoryId,
     first: Option<&Index>,
     second: Option<&Index>,
@@ -162,15 +177,15 @@ fn diff_memory(
     walk(first, second, |page, pages, a, b| {
         match (a, b) {
             (Where::Zero, Where::Zero) => {}
-            (a, b) if a == b => diff.same_place += pages,
-            (a, b) => compare(chain, &mut diff, page, pages, [a, b], compared)?,
+            (a, b) if chains.equal([a, b]) => diff.same_place += pages,
+            (a, b) => compare(chains, &mut diff, page, pages, [a, b], compared)?,
         }
         Ok(())
     })?;
     Ok(diff)
 }
 
-/// Where a page is, independent of the snapshot that reads it.
+/// Where a page of a chain is, independent of the snapshot that reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Where {
     Zero,
@@ -231,7 +246,7 @@ impl<'a> Walk<'a> {
 }
 
 fn compare(
-    chain: &Chain,
+    chains: Chains<'_>,
     diff: &mut MemoryDiff,
     first: PageIndex,
     pages: u64,
@@ -245,8 +260,8 @@ fn compare(
     while done < pages {
         let count = CHUNK_PAGES.min(pages - done);
         let len = usize::try_from(page_bytes(count)).expect("a chunk is small");
-        read(chain, a.skip(done), &mut left[..len])?;
-        read(chain, b.skip(done), &mut right[..len])?;
+        read(chains.0[0], a.skip(done), &mut left[..len])?;
+        read(chains.0[1], b.skip(done), &mut right[..len])?;
         let both = left[..len].chunks(page_len).zip(right[..len].chunks(page_len));
         for (page, (left, right)) in (first.0 + done..).zip(both) {
             if left != right {

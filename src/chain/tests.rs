@@ -126,7 +126,13 @@ proptest! {
         let pages = (0..PAGES).map(|number| (number, modelled(a, number), modelled(b, number)));
         let unknown = |a: &Option<Vec<u8>>, b: &Option<Vec<u8>>| a.is_none() != b.is_none();
         let pages: Vec<_> = pages.collect();
-        let found = diff(&chain, first, last, &mut |_, _| ());
+        let found = diff((&chain, first), (&chain, last), &mut |_, _| ());
+        let other = disk.open();
+        let apart = diff((&chain, first), (&other, last), &mut |_, _| ());
+        let pages_of = |diffs: &[MemoryDiff]| -> Vec<_> {
+            diffs.iter().map(|diff| diff.differences.clone()).collect()
+        };
+        prop_assert_eq!(found.as_deref().ok().map(pages_of), apart.as_deref().ok().map(pages_of));
         if pages.iter().any(|(_, a, b)| unknown(a, b)) {
             let absent = matches!(found, Err(ChainError::Absent { .. }));
             prop_assert!(absent);

@@ -1,17 +1,20 @@
 //! `imgfs diff`: which pages differ between two snapshots.
 
-use std::io::Write;
+use std::{io::Write, path::Path};
 
 use anyhow::bail;
 use serde_json::json;
 
 use super::source::Source;
 use crate::{
-    chain::{MemoryDiff, diff},
+    chain::{Chain, MemoryDiff, SnapshotId, diff},
     units::PageIndex,
 };
 
 /// Show which pages differ between two snapshots.
+///
+/// `imgfs diff CHAIN A B` compares two snapshots of a chain, `imgfs diff PATH PATH` those in two
+/// places, such as the directories of two dumps, or two archives.
 ///
 /// Pages that both snapshots have from the same place of the chain are equal; imgfs compares
 /// all other pages byte by byte. A page that one snapshot does not hold counts as zero. As with
@@ -20,7 +23,7 @@ use crate::{
 pub struct DiffArgs {
     #[command(flatten)]
     source: Source,
-    /// Name of one snapshot [default: the parent of B]
+    /// Name of one snapshot, or path of another chain [default: the parent of B]
     a: Option<String>,
     /// Name of the other snapshot [default: the only one without children]
     b: Option<String>,
@@ -38,18 +41,52 @@ pub struct DiffArgs {
 /// A path without images; missing snapshots; broken chains; a failed write of the output.
 pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
-    let b = chain.choose(args.b.as_deref())?;
-    let a = match (&args.a, &chain.snapshot(b).parent) {
-        (Some(name), _) => chain.choose(Some(name))?,
-        (None, Ok(Some(parent))) => *parent,
-        (None, Ok(None)) => {
-            bail!("snapshot {} has no parent\nhelp: imgfs diff CHAIN A B", chain.snapshot(b).name)
+    match (&args.a, &args.b) {
+        (Some(path), None) if chain.find(path).is_none() && Path::new(path).exists() => {
+            let other = args.source.open_at(Path::new(path))?;
+            let (a, b) = (chain.choose(None)?, other.choose(None)?);
+            let paths = [args.source.path().display().to_string(), path.clone()];
+            // In one chain, pages in the same place need not be read.
+            if let Some(a) = other.at(chain.snapshot(a).path()) {
+                compare(args, [(&other, a), (&other, b)], &paths, out)
+            } else if let Some(b) = chain.at(other.snapshot(b).path()) {
+                compare(args, [(&chain, a), (&chain, b)], &paths, out)
+            } else {
+                compare(args, [(&chain, a), (&other, b)], &paths, out)
+            }
         }
-        (None, Err(broken)) => return Err(broken.clone().into()),
-    };
-    let names = [a, b].map(|id| chain.snapshot(id).name.as_str());
+        _ => {
+            let b = chain.choose(args.b.as_deref())?;
+            let a = match &args.a {
+                Some(name) => chain.choose(Some(name))?,
+                None => parent(&chain, b)?,
+            };
+            let names = [a, b].map(|id| chain.snapshot(id).name.clone());
+            compare(args, [(&chain, a), (&chain, b)], &names, out)
+        }
+    }
+}
+
+/// Returns the parent of a snapshot.
+fn parent(chain: &Chain, id: SnapshotId) -> anyhow::Result<SnapshotId> {
+    match &chain.snapshot(id).parent {
+        Ok(Some(parent)) => Ok(*parent),
+        Ok(None) => {
+            bail!("snapshot {} has no parent\nhelp: imgfs diff CHAIN A B", chain.snapshot(id).name)
+        }
+        Err(broken) => Err(broken.clone().into()),
+    }
+}
+
+/// Prints what differs between two snapshots; true if nothing does.
+fn compare(
+    args: &DiffArgs,
+    [a, b]: [(&Chain, SnapshotId); 2],
+    names: &[String; 2],
+    out: &mut dyn Write,
+) -> anyhow::Result<bool> {
     let bar = super::bytes_bar();
-    let diffs = diff(&chain, a, b, &mut |done, total| {
+    let diffs = diff(a, b, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
@@ -79,7 +116,7 @@ pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     Ok(pages == 0)
 }
 
-fn print([a, b]: [&str; 2], diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Result<()> {
+fn print([a, b]: &[String; 2], diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Result<()> {
     let only = match (diff.only_in_first, diff.only_in_second) {
         (true, _) => format!(", only in {a}"),
         (_, true) => format!(", only in {b}"),

@@ -71,6 +71,14 @@ impl Source {
     /// # Errors
     /// A place without images; an archive that cannot be read.
     pub(super) fn open(&self) -> anyhow::Result<Chain> {
+        self.open_at(&self.chain)
+    }
+
+    /// Opens the chain at `path` instead of CHAIN, with the same options.
+    ///
+    /// # Errors
+    /// Like [`open`](Self::open).
+    pub(super) fn open_at(&self, path: &Path) -> anyhow::Result<Chain> {
         let mut cache = Cache { directory: self.cache_dir.clone(), ..Cache::default() };
         cache.limit = self.cache_limit.unwrap_or(cache.limit);
         let bar = super::bytes_bar();
@@ -80,7 +88,7 @@ impl Source {
             told.set_position(done);
         })));
         let opening = Opening { previous: self.previous.clone(), cache, progress };
-        let chain = Chain::open_anywhere(&self.chain, &opening);
+        let chain = Chain::open_anywhere(path, &opening);
         bar.finish_and_clear();
         Ok(chain?)
     }

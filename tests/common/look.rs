@@ -16,7 +16,7 @@ pub fn ask(root: &Path, look_bytes: usize) -> Option<Arc<Chain>> {
     let ids: Vec<_> = chain.ids().collect();
     for id in &ids {
         let _ = Summary::of(&chain, *id);
-        let _ = diff(&chain, ids[0], *id, &mut |_, _| ());
+        let _ = diff((&chain, ids[0]), (&chain, *id), &mut |_, _| ());
     }
     let chain = Arc::new(chain);
     if let Ok(tip) = chain.choose(None) {

@@ -477,6 +477,6 @@ proptest! {
         }
         // Comparing a snapshot with itself needs no page.
         let id = SnapshotId::at(models.len() - 1);
-        prop_assert!(diff(&anew, id, id, &mut |_, _| ()).is_ok());
+        prop_assert!(diff((&anew, id), (&anew, id), &mut |_, _| ()).is_ok());
     }
 }
