@@ -92,7 +92,7 @@ fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
     result.map_err(|error| {
         // A closed terminal is no reason to fail.
         let _ = error.print();
-        ExitCode::from(if error.use_stderr() { exit::USAGE } else { exit::OK })
+        ExitCode::from(if error.use_stderr() { exit::usage() } else { exit::OK })
     })
 }
 

@@ -9,7 +9,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use super::{
-    Common, exit, report, service, show,
+    Common, report, service, show,
     task::{self, Task, TaskWords},
 };
 use crate::{causes::is_called_criu, sys::heap, track::keeper};
@@ -97,8 +97,8 @@ enum Command {
     },
 }
 
-/// The version of CRIU whose place rcriu takes, as scripts look for it.
-const VERSION: &str = "4.2";
+/// The version of CRIU whose place rcriu takes, in the line in which scripts look for it.
+const VERSION: &str = "Version: 4.2\n";
 
 const DUMP_EXAMPLE: &str = "\
 Examples:
@@ -147,14 +147,15 @@ pub fn main() -> ExitCode {
     heap::grow_in_few_steps();
     let prepared = match task::prepare(env::args_os().collect()) {
         Ok(prepared) => prepared,
-        Err(error) => {
+        Err(task::Unprepared { error, code }) => {
             report(&error);
-            return ExitCode::from(exit::FAILED);
+            return ExitCode::from(code);
         }
     };
-    if prepared.asks_version && is_called_criu() {
+    if prepared.asks_version {
+        let of_criu = if is_called_criu() { VERSION } else { "" };
         // A closed pipe is no reason to fail.
-        let _ = writeln!(io::stdout(), "Version: {VERSION}\nrcriu {}", env!("CARGO_PKG_VERSION"));
+        let _ = writeln!(io::stdout(), "{of_criu}rcriu {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
     match super::parsed(Rcriu::try_parse_from(prepared.words)) {

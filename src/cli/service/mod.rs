@@ -24,7 +24,7 @@ pub(super) fn swrk(fd: i32) -> ExitCode {
         Ok(channel) => ExitCode::from(Answerer::new(channel).serve()),
         Err(error) => {
             report(&error);
-            ExitCode::from(exit::FAILED)
+            ExitCode::from(exit::AS_CRIU_FAILS)
         }
     }
 }

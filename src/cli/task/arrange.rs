@@ -56,11 +56,20 @@ pub(super) struct Arranged {
     pub for_clap: Vec<OsString>,
 }
 
+/// The options that clap has by itself.
+const OF_CLAP: [&str; 2] = ["help", "version"];
+
+/// The option that is also known with one dash: CRIU takes `-verbosity=0` for `-v` with a value.
+const ONE_DASH: &str = "verbosity";
+
 /// The meaning of a long name.
 enum Named<'a> {
     Option(&'a Spec),
     /// The option without the `no-` before it.
     TakenBack(&'a Spec),
+    /// An option of clap's own.
+    OfClap(&'static str),
+    /// No option, or the beginning of several.
     Unknown,
 }
 
@@ -107,12 +116,13 @@ impl Specs {
         {
             return Named::TakenBack(spec);
         }
-        // help and version are clap's own.
-        if name.is_empty() || "help".starts_with(name) || "version".starts_with(name) {
-            return Named::Unknown;
+        if let Some(own) = OF_CLAP.into_iter().find(|own| *own == name) {
+            return Named::OfClap(own);
         }
         let begun = names().filter(|(known, _)| known.starts_with(name));
         let mut found: Vec<_> = begun.map(|(_, spec)| Named::Option(spec)).collect();
+        let of_clap = OF_CLAP.into_iter().filter(|own| own.starts_with(name));
+        found.extend(of_clap.map(Named::OfClap));
         if let Some(base) = base {
             let begun = names().filter(|(known, spec)| {
                 known.starts_with(base) && !base.is_empty() && can_be_taken_back(spec)
@@ -133,7 +143,7 @@ impl Specs {
             let bytes = word.as_bytes();
             if bytes == b"--" {
                 arranged.operands.extend(words.by_ref().cloned());
-            } else if let Some(long) = bytes.strip_prefix(b"--") {
+            } else if let Some(long) = bytes.strip_prefix(b"--").or_else(|| with_one_dash(bytes)) {
                 let (name, value) = match long.iter().position(|byte| *byte == b'=') {
                     Some(at) => (&long[..at], Some(OsStr::from_bytes(&long[at + 1..]).to_owned())),
                     None => (long, None),
@@ -144,7 +154,12 @@ impl Specs {
                     Named::TakenBack(spec) if value.is_none() => {
                         arranged.take_back(&spec.long);
                     }
-                    Named::TakenBack(_) | Named::Unknown => arranged.for_clap.push(word.clone()),
+                    Named::OfClap(own) if value.is_none() => {
+                        arranged.for_clap.push(format!("--{own}").into());
+                    }
+                    Named::TakenBack(_) | Named::OfClap(_) | Named::Unknown => {
+                        arranged.for_clap.push(word.clone());
+                    }
                 }
             } else if bytes.len() > 1 && bytes[0] == b'-' {
                 self.arrange_short(&bytes[1..], &mut words, &mut arranged);
@@ -205,12 +220,25 @@ impl Specs {
                 Ok(())
             }
             (Named::TakenBack(_), Some(_)) => Err("this option has no value"),
-            (Named::Unknown, _) => Err("there is no such option"),
+            (Named::OfClap(_) | Named::Unknown, _) => Err("there is no such option"),
         }
     }
 }
 
+/// Returns the name, and the value, of an option with one dash.
+fn with_one_dash(word: &[u8]) -> Option<&[u8]> {
+    let name = word.strip_prefix(b"-")?;
+    let rest = name.strip_prefix(ONE_DASH.as_bytes())?;
+    matches!(rest.first(), None | Some(b'=')).then_some(name)
+}
+
 impl Arranged {
+    /// Whether the line asks for the version before anything else that clap answers.
+    pub fn asks_version(&self) -> bool {
+        let first = self.for_clap.first().map(|word| word.as_bytes());
+        first.is_some_and(|word| word == b"--version" || word.starts_with(b"-V"))
+    }
+
     fn take<'a>(
         &mut self,
         spec: &Spec,
@@ -272,6 +300,8 @@ mod tests {
             ("dump -t7 -Ddir", "--tree=7 --images-dir=dir -- dump"),
             ("-v4 -D dir dump", "--verbosity=4 --images-dir=dir -- dump"),
             ("-v -vvvv -v0", "--verbosity --verbosity=vvv --verbosity=0"),
+            ("-verbosity=0 -verbosity", "--verbosity=0 --verbosity"),
+            ("-verbosityx", "--verbosity=erbosityx"),
             ("-Rjv4", "--leave-running --shell-job --verbosity=4"),
             ("-Rt 7", "--leave-running --tree=7"),
             ("-x -x12,13", "--ext-unix-sk --ext-unix-sk=12,13"),
@@ -282,6 +312,9 @@ mod tests {
             ("--manage-cgroups=ignore", "--manage-cgroups=ignore"),
             // Beginnings of names, if there is only one.
             ("--leave-r --ver", "--leave-running --ver"),
+            ("--vers", "--version"),
+            ("--he", "--help"),
+            ("--version=1", "--version=1"),
             ("--verb=3 --no-disp", "--verbosity=3"),
             ("--leave", "--leave"),
             ("--tcp", "--tcp"),

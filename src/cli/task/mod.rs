@@ -12,6 +12,7 @@ mod tests;
 
 use std::ffi::OsString;
 
+use anyhow::anyhow;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 pub(super) use self::{
@@ -25,10 +26,13 @@ pub(super) use self::{
 use self::{
     arrange::{Arranged, Specs},
     config::Sources,
-    options::TaskArgs,
+    options::{ImageArgs, TaskArgs},
     table::{Commands, State},
 };
-use crate::causes::HELP;
+use crate::{
+    causes::{HELP, is_called_criu},
+    cli::exit,
+};
 
 /// A command with CRIU's options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,26 +97,43 @@ pub(super) struct Prepared {
     pub asks_version: bool,
 }
 
+/// Why a command line is not prepared, and the exit code.
+#[derive(Debug)]
+pub(super) struct Unprepared {
+    pub error: anyhow::Error,
+    pub code: u8,
+}
+
+impl From<anyhow::Error> for Unprepared {
+    fn from(error: anyhow::Error) -> Self {
+        Self { error, code: exit::FAILED }
+    }
+}
+
 /// Prepares a command line: if it is that of a [`Task`], brings it into the order and spelling
 /// that clap reads, and adds the options of configuration files.
 ///
 /// # Errors
 /// A command that is refused; a configuration file that can't be read.
-pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
+pub(super) fn prepare(words: Vec<OsString>) -> Result<Prepared, Unprepared> {
     let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
     let line = words.get(1..).unwrap_or_default();
     let first = specs.arrange(line, Arranged::default());
     let command = first.operands.first().and_then(|word| word.to_str()).unwrap_or_default();
     if let Some((name, instead)) = table::REFUSED_COMMANDS.iter().find(|(name, _)| *name == command)
     {
-        anyhow::bail!("the command {name} is {instead}");
+        let is_right = first.for_clap.is_empty() && first.operands.len() == 1;
+        let code =
+            if *name == table::EXEC && is_right { exit::AS_CRIU_FAILS } else { exit::FAILED };
+        return Err(Unprepared { error: anyhow!("the command {name} is {instead}"), code });
     }
-    let asks_version = first.for_clap.iter().any(|word| {
-        let word = word.to_string_lossy();
-        let name = word.strip_prefix("--").filter(|name| !name.is_empty());
-        word.starts_with("-V") || name.is_some_and(|name| "version".starts_with(name))
-    });
+    let asks_version = first.asks_version();
     let Some(task) = Task::named(command) else {
+        let mut words = words;
+        if first.operands.is_empty() && !first.for_clap.is_empty() {
+            words.truncate(1);
+            words.extend(first.for_clap);
+        }
         return Ok(Prepared { words, given: Vec::new(), asks_version });
     };
     let mut all = if first.for_clap.is_empty() {
@@ -133,7 +154,9 @@ fn refusal(task: Task, given: &[Given]) -> Option<String> {
     given.iter().find_map(|Given { name, configured, .. }| {
         let Some(row) = table::row(name, task.as_set()) else {
             let said = format!("--{name} is not an option of {}\nhelp: leave it out", task.name());
-            return (!configured).then_some(said);
+            let ignored =
+                *configured || is_called_criu() && !table::ONLY_RESTORES.contains(&&**name);
+            return (!ignored).then_some(said);
         };
         match row.state {
             State::Built | State::Harmless(_) => None,

@@ -16,7 +16,7 @@ use log::{LevelFilter, info};
 use nix::libc;
 
 use super::{
-    Given, Task, TaskArgs, TaskWords,
+    Given, ImageArgs, Task, TaskArgs, TaskWords,
     arrange::Specs,
     config::Sources,
     convert::{self, CpuinfoWork, UsageError},
@@ -196,7 +196,7 @@ fn run_placed(task: Task, args: &TaskArgs, given: &[Given]) -> ExitCode {
 
 fn usage(error: anyhow::Error) -> ExitCode {
     report(&error);
-    ExitCode::from(exit::USAGE)
+    ExitCode::from(exit::usage())
 }
 
 /// Closes the descriptors of `--close`.
@@ -445,7 +445,9 @@ fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {
         return usage(error.into());
     }
     close(args);
-    if let Err(error) = start_log(Task::Check, args, given, Style::Own) {
+    let started = check_directories(&args.images)
+        .and_then(|()| start_log(Task::Check, args, given, Style::Own));
+    if let Err(error) = started {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }
@@ -455,4 +457,16 @@ fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {
         names: args.check.feature.clone(),
     };
     answer(|out| check_features::run(&wanted, out), exit::FAILED, exit::FAILED)
+}
+
+/// Fails as a dump or restore would with these directories.
+fn check_directories(images: &ImageArgs) -> anyhow::Result<()> {
+    let work = images.work_dir.as_ref().map(|dir| ("work", dir));
+    for (what, dir) in std::iter::once(("images", &images.images_dir)).chain(work) {
+        let found = std::fs::metadata(dir).and_then(|found| {
+            if found.is_dir() { Ok(()) } else { Err(std::io::ErrorKind::NotADirectory.into()) }
+        });
+        found.with_context(|| format!("{what} directory {}", dir.display()))?;
+    }
+    Ok(())
 }

@@ -221,9 +221,15 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
     Row { name, on, state: Refused(instead) }
 }
 
+/// Options that CRIU, too, refuses for other commands than restore. It ignores all others.
+pub(super) const ONLY_RESTORES: [&str; 2] = ["exec-cmd", "inherit-fd"];
+
+/// A command that CRIU has dropped.
+pub(super) const EXEC: &str = "exec";
+
 /// Commands of CRIU that rcriu lacks: what they are, with the remedy.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
-    ("exec", "deprecated\nhelp: compel, a part of CRIU, has taken its place"),
+    (EXEC, "deprecated\nhelp: compel, a part of CRIU, has taken its place"),
     ("lazy-pages", "not supported yet\nhelp: restore without --lazy-pages"),
     (
         "page-server",

@@ -66,7 +66,7 @@ struct Line {
 fn read(line: &str) -> Result<(TaskArgs, Vec<Given>), String> {
     let words = ["rcriu", "--no-default-config"].into_iter().chain(line.split_whitespace());
     let prepared = prepare(words.map(OsString::from).collect());
-    let prepared = prepared.map_err(|error| error.to_string())?;
+    let prepared = prepared.map_err(|unprepared| unprepared.error.to_string())?;
     let parsed = Line::command().try_get_matches_from(
         // The command is a subcommand in the program.
         prepared.words.iter().enumerate().filter(|(at, _)| *at != 1).map(|(_, word)| word),
@@ -466,6 +466,8 @@ fn what_has_no_effect_is_said_or_refused() {
 
 #[test]
 fn lines_of_other_commands_are_left_alone() {
+    let prepared = prepare(["rcriu", "--vers"].map(OsString::from).into()).unwrap();
+    assert_eq!(prepared.words, ["rcriu", "--version"]);
     for line in ["show -v dump", "show --pretty x", "--version", "help dump", "bogus -t 7", ""] {
         let words: Vec<OsString> =
             ["rcriu"].into_iter().chain(line.split_whitespace()).map(OsString::from).collect();
