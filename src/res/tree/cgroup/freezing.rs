@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{CgroupError, make::place};
+use super::{CgroupError, Mode, make::place};
 use crate::{
     causes::tell,
     image::proto::{CgroupDirEntry, CgroupEntry},
@@ -26,11 +26,17 @@ pub(super) struct Freezing {
 }
 
 impl Freezing {
-    /// Finds the cgroups that the images describe as frozen. They may not exist yet.
+    /// Finds the cgroups that the images describe as frozen. They may not exist yet. One that exists stays as
+    /// it is now, frozen or not, unless the mode sets its properties: container runtimes freeze a container for
+    /// the dump only, and make its cgroup before the restore.
     ///
     /// # Errors
     /// [`CgroupError`] for a name that is none, or a hierarchy that is not mounted.
-    pub(super) fn of(entry: &CgroupEntry, mounts: &[Mount]) -> Result<Self, CgroupError> {
+    pub(super) fn of(
+        entry: &CgroupEntry,
+        mode: Mode,
+        mounts: &[Mount],
+    ) -> Result<Self, CgroupError> {
         let mut found = Self::default();
         for controller in &entry.controllers {
             let name = controller.cnames.join(&b","[..]);
@@ -39,6 +45,18 @@ impl Freezing {
                 let directory = place(&name, &path, mounts)?;
                 found.find(head, &directory, &name, DEEPEST)?;
             }
+        }
+        if matches!(mode, Mode::None | Mode::Soft) {
+            found.groups.retain(|group| {
+                let stays = group.directory().exists() && !group.is_frozen();
+                if stays {
+                    let path = group.directory().display();
+                    log::info!(
+                        "{path}, which was frozen at the dump, exists and is not: it stays so"
+                    );
+                }
+                !stays
+            });
         }
         Ok(found)
     }

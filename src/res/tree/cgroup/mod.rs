@@ -290,7 +290,7 @@ pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer
             && matches!(proc::cgroup_directory(name, path, &mounts), Err(NoCgroup::NotMounted))
     };
     make::move_roots(&mut entry, options, wanted.first().copied(), stays);
-    let mut freezing = Freezing::of(&entry, &mounts)?;
+    let mut freezing = Freezing::of(&entry, options.mode, &mounts)?;
     freezing.thaw()?;
     let made = Made::make(&entry, options, &mounts)?;
     let mut places =
