@@ -336,6 +336,70 @@ fn privileged_checkpoints_of_runc_in_a_chain_cost_what_has_changed() {
     assert!(chain.join("7/inventory.img").exists());
 }
 
+/// A directory that is a shared mount.
+struct Shared(TempDir);
+
+impl Shared {
+    fn new() -> Self {
+        let shared = Self(directory());
+        run("mount", &["--bind", shared.path(), shared.path()]);
+        run("mount", &["--make-shared", shared.path()]);
+        shared
+    }
+
+    fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    /// Calls `look` while a file system is mounted on a new directory in it.
+    fn with_mount(&self, name: &str, look: impl FnOnce()) {
+        let point = self.0.path().join(name);
+        fs::create_dir(&point).unwrap();
+        run("mount", &["-t", "tmpfs", name, point.to_str().unwrap()]);
+        look();
+        run("umount", &[point.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // With the mounts on it.
+        run("umount", &["-R", self.path()]);
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}: {status}");
+}
+
+/// A volume that is a slave of the host's mounts: the container sees what is mounted there, also after
+/// the restore. As with CRIU, no option is needed for that.
+#[test]
+fn privileged_volumes_of_runc_receive_mounts_of_the_host() {
+    needs();
+    let shared = Shared::new();
+    let container = Container::start(COUNT, |config| {
+        let volume = json!({
+            "destination": "/volume", "type": "bind", "source": shared.path(),
+            "options": ["rbind", "rslave"],
+        });
+        config["mounts"].as_array_mut().unwrap().push(volume);
+    });
+    let seen = || container.exec("cut -d' ' -f5 /proc/self/mountinfo | grep ^/volume | sort");
+    shared.with_mount("0", || assert_eq!(seen(), "/volume\n/volume/0\n"));
+    for images in ["1", "2"] {
+        let reached = container.counts_on();
+        container.checkpoint(images, &[]);
+        container.restore(&container.path(images), &[]);
+        assert!(container.counts_on() > reached);
+        shared.with_mount(images, || {
+            assert_eq!(seen(), format!("/volume\n/volume/{images}\n"));
+        });
+    }
+    container.end();
+}
+
 /// A private network namespace: 1.1.5 with CRIU cannot keep connections in one.
 #[test]
 fn privileged_connections_in_a_network_namespace_of_runc_go_on() {

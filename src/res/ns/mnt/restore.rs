@@ -118,6 +118,12 @@ impl Plan {
         (!is_hosts || !rest.as_os_str().is_empty()).then_some(*from)
     }
 
+    /// Whether a mount receives events from mounts that are not in the images.
+    fn has_master_outside(&self, mount: &Mount) -> bool {
+        let is_group = |group| self.mounts.iter().any(|mount| mount.group() == Some(group));
+        mount.master().is_some_and(|master| !is_group(master))
+    }
+
     /// Makes all mounts, attached nowhere, with their flags, in the first of the namespaces.
     fn make(&self, on: &Building<'_>) -> Result<Made> {
         let originals_wanted: HashSet<usize> =
@@ -143,7 +149,7 @@ impl Plan {
             match &mount.source {
                 Source::Path(path) => {
                     made[at] = Some(from_host(on, mount, path)?);
-                    if self.related {
+                    if self.related || self.has_master_outside(mount) {
                         outside.insert(at, from_host(on, mount, path)?);
                     }
                     if is_bound {

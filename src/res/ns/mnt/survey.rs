@@ -342,7 +342,14 @@ impl Survey<'_> {
                 tell(log::Level::Warn, &message);
             }
             let has_master = mount.master != 0 && !groups.contains_key(&mount.master);
-            if has_master && !self.options.masters {
+            // As with CRIU: a restore receives what brings the master. runc makes its root such a slave.
+            let is_given = |given: &Found| {
+                matches!(given.source, Source::Root(_) | Source::External(_))
+                    && given.mount.master == mount.master
+                    && given.mount.device == mount.device
+                    && below(&mount.root, &given.mount.root).is_some()
+            };
+            if has_master && !self.options.masters && !found.iter().any(is_given) {
                 let what =
                     format!("that receives events from mounts outside (group {})", mount.master);
                 let help = "allow that with --enable-external-masters, or make it private (mount \
