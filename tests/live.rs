@@ -407,6 +407,9 @@ states! {
     user_namespace_with_threads;
     network_filters;
     network_outside;
+    tun_device;
+    tap_queues;
+    tap_of_nobody;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;
@@ -653,6 +656,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_directory", "with a root, working directory and umask (CLONE_FS) of its own"),
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
+    ("tun_of_the_machine", "which is in the network namespace of rcriu"),
     ("user_namespace_without_a_map", "which its user namespace does not map"),
     ("id_mapped_mount", "with a map of ids of its own"),
     ("child_in_another_cgroup_namespace", "that is not that of process"),

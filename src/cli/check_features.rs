@@ -4,7 +4,7 @@ use std::{env, fs, io::Write};
 
 use anyhow::bail;
 
-use crate::sys::{Features, features::named};
+use crate::sys::{self, Features, features::named};
 
 /// Selects the features to check.
 #[derive(Debug, Default)]
@@ -303,7 +303,12 @@ const ROWS: &[Row] = &[
         |_| has_program("iptables-legacy-save"),
         "rules of iptables can be dumped only if iptables-save is that of iptables-legacy",
     ),
-    row(&["tun", "tun_ns"], Named, |_| false, "rcriu refuses network devices of programs"),
+    row(
+        &["tun", "tun_ns"],
+        Named,
+        |_| sys::tun::is_there(),
+        "trees with network devices of their own cannot be dumped",
+    ),
     row(&["autofs"], Named, |_| false, "rcriu refuses automounts"),
     row(&["compat_cr"], Named, |_| false, "rcriu refuses 32-bit programs"),
     row(&["apparmor_stacking"], Named, |_| false, "rcriu restores no security profiles"),

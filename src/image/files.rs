@@ -1,5 +1,8 @@
 //! The table of open files: one image of all kinds, or, in images of CRIU from before
 //! there was such a one, an image for each kind.
+//!
+//! A file of `/dev/net/tun` has two entries with one id there: its path (`REG`) and the network device that it is
+//! attached to (`TUNF`). rcriu handles them as one.
 
 use std::collections::HashMap;
 
@@ -22,7 +25,7 @@ macro_rules! read_kinds {
 /// As [`crate::image::read_all`].
 pub fn read_files(images: &dyn ImageStore) -> Result<Option<Vec<FileEntry>>> {
     if let Some(entries) = images.messages_if_any(Kind::Files, 0)? {
-        return Ok(Some(entries));
+        return Ok(Some(join(entries)));
     }
     let mut old = Old { images, entries: Vec::new(), any: false };
     read_kinds! { old:
@@ -45,7 +48,40 @@ pub fn read_files(images: &dyn ImageStore) -> Result<Option<Vec<FileEntry>>> {
         Timerfd, Timerfd, tfd: TimerfdEntry;
     }
     old.add_targets()?;
-    Ok(old.any.then_some(old.entries))
+    Ok(old.any.then(|| join(old.entries)))
+}
+
+/// Joins the two entries of each file of `/dev/net/tun`.
+fn join(mut entries: Vec<FileEntry>) -> Vec<FileEntry> {
+    let tun = i32::from(FdTypes::Tunf);
+    let is_alone = |entry: &&FileEntry| entry.r#type == tun && entry.reg.is_none();
+    let alone: Vec<u32> = entries.iter().filter(is_alone).map(|entry| entry.id).collect();
+    for id in alone {
+        let is_path = |entry: &FileEntry| entry.id == id && entry.r#type != tun;
+        let Some(path) = entries.iter().position(is_path) else { continue };
+        let reg = entries.remove(path).reg;
+        let is_device = |entry: &&mut FileEntry| entry.id == id && entry.r#type == tun;
+        if let Some(device) = entries.iter_mut().find(is_device) {
+            device.reg = reg;
+        }
+    }
+    entries
+}
+
+/// Returns the entries as images have them.
+pub fn split_files(entries: Vec<FileEntry>) -> Vec<FileEntry> {
+    let split = |mut entry: FileEntry| {
+        let is_tun = entry.r#type == i32::from(FdTypes::Tunf);
+        let reg = entry.reg.take_if(|_| is_tun);
+        let path = reg.map(|reg| FileEntry {
+            r#type: FdTypes::Reg.into(),
+            id: entry.id,
+            reg: Some(reg),
+            ..Default::default()
+        });
+        path.into_iter().chain([entry])
+    };
+    entries.into_iter().flat_map(split).collect()
 }
 
 /// The images of one kind each.
@@ -105,6 +141,31 @@ impl Old<'_> {
 mod tests {
     use super::*;
     use crate::image::store::memory::InMemory;
+
+    #[test]
+    fn the_two_entries_of_a_file_of_a_network_device_are_one() {
+        let mut images = InMemory::new("images");
+        let reg =
+            |id| proto::RegFileEntry { id, name: b"/dev/net/tun".to_vec(), ..Default::default() };
+        let path = |id| FileEntry {
+            r#type: FdTypes::Reg.into(),
+            id,
+            reg: Some(reg(id)),
+            ..Default::default()
+        };
+        let tunf = Some(proto::TunfileEntry { id: 2, ..Default::default() });
+        let device = FileEntry { r#type: FdTypes::Tunf.into(), id: 2, tunf, ..Default::default() };
+        let all = [path(1), path(2), device.clone(), path(3)];
+        images.write(Kind::Files, 0, &all);
+        let joined = read_files(&images).unwrap().unwrap();
+        assert_eq!(joined, [path(1), FileEntry { reg: Some(reg(2)), ..device.clone() }, path(3)]);
+        assert_eq!(split_files(joined), all);
+        // Whichever comes first; and one may be missing.
+        images.write(Kind::Files, 0, &[device.clone(), path(2), path(2)]);
+        assert_eq!(read_files(&images).unwrap().unwrap().len(), 2);
+        images.write(Kind::Files, 0, std::slice::from_ref(&device));
+        assert_eq!(read_files(&images).unwrap().unwrap(), [device]);
+    }
 
     #[test]
     fn images_of_one_kind_each_are_one_table() {

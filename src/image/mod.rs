@@ -31,7 +31,7 @@ pub use desc::{Body, Desc, Kind};
 pub use disk::Disk;
 pub use document::Document;
 pub use error::{ImageError, Result};
-pub use files::read_files;
+pub use files::{read_files, split_files};
 pub use framing::{ImageReader, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
 pub use remap::Remap;

@@ -177,8 +177,7 @@ fn restore(
         files.opened.helpers = puppets.makers.clone();
         files.lender = puppets.lender()?;
         if let Some(first) = puppets.makers.first() {
-            let namespaces = plan.namespaces.borrow();
-            files.opened.set_namespaces(&namespaces, first)?;
+            files.opened.set_namespaces(&mut plan.namespaces.borrow_mut(), first)?;
         }
     }
     let objects = objects::create(plan, &mut files)?;

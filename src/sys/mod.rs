@@ -31,6 +31,7 @@ pub mod sysv;
 pub mod task;
 pub mod tracepoint;
 pub mod tty;
+pub mod tun;
 pub mod userfaultfd;
 pub mod visit;
 pub mod watch;

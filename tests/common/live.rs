@@ -643,8 +643,10 @@ impl TreeState {
 /// memory objects that are shown by a number.
 fn without_numbers(text: &str) -> String {
     let mut out = text.to_owned();
-    // Files that never had a name are called after them.
-    for kind in ["pipe:[", "socket:[", "net:[", "uts:[", "mnt:[", "inode=", "/#"] {
+    // Files that never had a name are called after them. The position of the device is that of its last packet.
+    let kinds =
+        ["pipe:[", "socket:[", "net:[", "uts:[", "mnt:[", "inode=", "/#", "/dev/net/tun pos:"];
+    for kind in kinds {
         if let Some(at) = out.find(kind) {
             let digits = at + kind.len();
             let end =

@@ -50,6 +50,7 @@ mod tcp;
 mod terminals;
 mod threads;
 mod tree;
+mod tun;
 mod unix_waiting;
 mod users;
 mod watches;
@@ -78,6 +79,7 @@ const GROUPS: &[&[Row]] = &[
     shared::ROWS,
     registers::ROWS,
     tree::ROWS,
+    tun::ROWS,
     identity::ROWS,
     signals::ROWS,
     blocked::ROWS,

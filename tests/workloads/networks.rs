@@ -29,7 +29,7 @@ pub const ROWS: &[Row] = &[
 ];
 
 /// Moves into a new network namespace and has `ip(8)` make what the lines say.
-fn enter(lines: &[&str]) -> Verdict {
+pub fn enter(lines: &[&str]) -> Verdict {
     sys!(unshare(libc::CLONE_NEWNET))?;
     for line in lines {
         ip(line)?;
@@ -38,7 +38,7 @@ fn enter(lines: &[&str]) -> Verdict {
 }
 
 /// Runs `ip(8)`, and returns what it says.
-fn ip(arguments: &str) -> Result<String, String> {
+pub fn ip(arguments: &str) -> Result<String, String> {
     run(&format!("ip {arguments}"))
 }
 
@@ -59,7 +59,7 @@ fn run(line: &str) -> Result<String, String> {
 }
 
 /// What `ip(8)` shows of the namespace, without what changes by itself.
-fn seen() -> Result<Vec<String>, String> {
+pub fn seen() -> Result<Vec<String>, String> {
     let mut seen = Vec::new();
     for (what, sorted) in [
         ("-o -d addr", false),
@@ -96,7 +96,7 @@ fn without_timers(line: &str) -> String {
 }
 
 /// Waits until no address is checked for duplicates, and all devices have their state.
-fn settle() -> Verdict {
+pub fn settle() -> Verdict {
     crate::kit::wait_until("the end of duplicate address detection", || {
         ip("-o addr show tentative").is_ok_and(|shown| shown.trim().is_empty())
     })

@@ -34,6 +34,7 @@ mod table;
 mod testing;
 mod timerfd;
 mod tty;
+mod tun;
 mod unsupported;
 mod validation;
 mod watch;
@@ -371,7 +372,7 @@ impl Opened {
     /// A process is gone, or rcriu may not enter its namespaces.
     pub fn set_namespaces(
         &mut self,
-        made: &Wanted,
+        made: &mut Wanted,
         first: HostPid,
     ) -> std::result::Result<(), ResError> {
         self.roots = made.roots(first)?;
@@ -383,6 +384,9 @@ impl Opened {
         }
         for (number, entrance) in made.others(network::NAME).map_err(failed)? {
             networks.add(number, entrance);
+        }
+        for (number, devices) in made.take_devices() {
+            networks.hold(number, devices);
         }
         Ok(())
     }
@@ -672,6 +676,8 @@ pub static KINDS: &[FileKind] = &[
     tty::KIND,
     // Its queues are regular files, too.
     mqueue::KIND,
+    // Its path leads to a device, too.
+    tun::KIND,
     regular::KIND,
     pipe::KIND,
     pipe::FIFO,

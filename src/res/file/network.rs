@@ -5,6 +5,7 @@
 //! own.
 
 use std::{
+    cell::RefCell,
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -17,7 +18,7 @@ use super::{FileError, Result, error::errno};
 use crate::{
     image::proto::FileEntry,
     proc,
-    res::ns::OfTree,
+    res::ns::{HeldDevice, OfTree},
     sys::{
         socket,
         visit::{Place, Visit},
@@ -48,6 +49,11 @@ impl Network {
     pub fn visit(&self) -> nix::Result<Option<Visit>> {
         let visit = self.entrance.as_ref().map(|entrance| Visit::with(entrance, Place::Net));
         visit.transpose().map_err(|error| errno(&error))
+    }
+
+    /// Whether it is the namespace with this inode.
+    pub(super) fn is(&self, inode: u64) -> bool {
+        self.inode == inode
     }
 
     /// Whether it is the namespace of the dumper.
@@ -100,6 +106,8 @@ pub struct Made {
     /// The number of that of the first process, if it is none of the restorer.
     home: Option<u32>,
     all: Vec<(u32, File)>,
+    /// Descriptors by which the restorer holds devices of programs, by namespace and name.
+    held: RefCell<Vec<(u32, HeldDevice)>>,
 }
 
 /// The number of a network namespace in the images; older ones of CRIU lack some. Then it is that of
@@ -122,8 +130,31 @@ impl Made {
         self.all.push((number, entrance));
     }
 
+    /// Adds devices of the namespace with this number, which the restorer holds.
+    pub fn hold(&mut self, number: u32, devices: Vec<HeldDevice>) {
+        self.held.get_mut().extend(devices.into_iter().map(|device| (number, device)));
+    }
+
+    /// Lets go of a device, to make room for a file of the tree.
+    pub(super) fn release(&self, number: Number, name: &[u8]) {
+        let number = self.number(number);
+        let is_other =
+            |(of, device): &(u32, HeldDevice)| Some(*of) != number || device.name != name;
+        self.held.borrow_mut().retain(is_other);
+    }
+
+    /// Lets go of all devices.
+    pub(super) fn release_all(&self) {
+        self.held.borrow_mut().clear();
+    }
+
+    /// Returns the number of the namespace, in the images, that a number of a file means.
+    pub(super) fn number(&self, number: Number) -> Option<u32> {
+        number.or(self.home)
+    }
+
     fn entrance(&self, number: Number) -> Option<&File> {
-        let number = number.or(self.home)?;
+        let number = self.number(number)?;
         self.all.iter().find(|known| known.0 == number).map(|(_, entrance)| entrance)
     }
 

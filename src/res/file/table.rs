@@ -22,15 +22,17 @@ use nix::{
 
 use super::{
     BuildIds, Collector, DeletedFiles, Description, DumpOptions, FileError, FileKind, Intake,
-    KINDS, Listeners, Locked, Result, Usage, Validation, fown, network::Seen, owner, path,
+    KINDS, Listeners, Locked, Result, Usage, Validation, descriptor, fown, network::Seen, owner,
+    path,
 };
 use crate::{
-    image::{Kind, SnapshotWriter, proto},
+    image::{Kind, SnapshotWriter, proto, split_files},
     proc::{self, FdInfo, Mapping},
     res::ns::{OfTree, Roots},
     sys::{
         fds,
         process::{self, Shared},
+        tun,
     },
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -312,12 +314,14 @@ impl FileTable {
             .map_err(failed("read the owner of", &link))?;
         let mut file =
             Description { id, fd, pid, number, stat, flags, link, info, fown, network: None };
-        if file.is_type(libc::S_IFSOCK) {
+        let is_tun = tun::is_tun(stat.st_mode, stat.st_rdev) && !descriptor::is_path(flags);
+        if file.is_type(libc::S_IFSOCK) || is_tun {
             let network = self.state.networks.of(file.fd.as_fd(), pid, &self.state.namespaces);
             let network = network.map_err(file.failed("find the network namespace of"))?;
             file.network = Some(network.map_err(|inode| {
+                let kind = if is_tun { tun::PATH } else { "a socket" };
                 let what = format!(
-                    "a socket of the network namespace net:[{inode}], which no process of the tree is in"
+                    "{kind} of the network namespace net:[{inode}], which no process of the tree is in"
                 );
                 file.unsupported(what, "have the program close it, then try again")
             })?);
@@ -468,7 +472,8 @@ impl FileTable {
         let is_connected =
             |entry: &proto::FileEntry| entry.usk.as_ref().is_some_and(|socket| socket.peer != 0);
         self.state.entries.sort_by_key(|entry| (is_connected(entry), entry.id));
-        Ok(images.write(Kind::Files, 0, &self.state.entries)?)
+        let entries = split_files(std::mem::take(&mut self.state.entries));
+        Ok(images.write(Kind::Files, 0, &entries)?)
     }
 
     /// Records state of open files in the inventory ([`Collector::note`]).

@@ -66,12 +66,6 @@ const DEVICES: &[Row] = &[
         "the connection of a FUSE server to its file system (/dev/fuse)",
         "unmount the file system before the dump, and mount it again after the restore",
     ),
-    (
-        "/dev/net/tun",
-        "a network device of the program (/dev/net/tun)",
-        "have the program close it, which removes the network device, and open it again after the \
-         restore",
-    ),
     ("/dev/kvm", "a virtual machine monitor's access to KVM (/dev/kvm)", KVM),
     (
         "/dev/rtc",

@@ -222,6 +222,15 @@ impl std::fmt::Debug for Building<'_> {
     }
 }
 
+/// A network device that is there only while a file is attached to it (`/dev/net/tun`).
+#[derive(Debug)]
+pub struct HeldDevice {
+    /// Its name.
+    pub name: Vec<u8>,
+    /// A file that is attached to it.
+    pub file: OwnedFd,
+}
+
 /// A namespace during the restore.
 pub trait Restoring: std::fmt::Debug {
     /// Tells the directories of the cgroups in which the namespace is to be made.
@@ -263,6 +272,12 @@ pub trait Restoring: std::fmt::Debug {
     /// Returns the calls of the first process that restore the rest. Runs after [`Self::build`].
     fn script(&self) -> Script {
         Script::new()
+    }
+
+    /// Takes the descriptors by which this program holds devices of programs of the tree. Runs after
+    /// [`Self::build`].
+    fn take_devices(&mut self) -> Vec<HeldDevice> {
+        Vec::new()
     }
 
     /// Adds the root directories of mount namespaces. `processes` returns the processes in the namespace

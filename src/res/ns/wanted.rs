@@ -12,8 +12,8 @@ use std::{
 use nix::libc;
 
 use super::{
-    Building, KINDS, Kind, Member, NO_VISIT, Options, Restoring, Roots, VISIT_HELP, may_visit, mnt,
-    time, user, wrong,
+    Building, HeldDevice, KINDS, Kind, Member, NO_VISIT, Options, Restoring, Roots, VISIT_HELP,
+    may_visit, mnt, time, user, wrong,
 };
 use crate::{
     image::{ImageStore, Store, proto::TaskKobjIdsEntry},
@@ -265,6 +265,13 @@ impl Wanted {
     /// The first failure.
     pub fn finish(&mut self, host: &dyn Fn(NsPid) -> HostPid) -> Result<()> {
         self.states_mut().try_for_each(|state| state.restoring.finish(host(state.member.pid)))
+    }
+
+    /// Takes the descriptors of devices of programs ([`Restoring::take_devices`]), by the numbers of their
+    /// namespaces.
+    pub fn take_devices(&mut self) -> Vec<(u32, Vec<HeldDevice>)> {
+        let take = |state: &mut State| (state.member.number, state.restoring.take_devices());
+        self.states_mut().map(take).collect()
     }
 
     /// Tells the directories of the cgroups in which a cgroup namespace is to be made.

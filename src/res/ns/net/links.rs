@@ -12,12 +12,15 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::{Problem, outside, sysctl};
+use super::{Problem, outside, sysctl, tun};
 use crate::{
-    image::proto::{MacvlanLinkEntry, NdType, NetDeviceEntry, RcriuLink, RcriuOutside},
+    image::proto::{
+        MacvlanLinkEntry, NdType, NetDeviceEntry, RcriuLink, RcriuOutside, TunLinkEntry,
+    },
     res::{
         ResError, Result,
         netlink::{Attributes, Body, CREATE, EXCLUSIVE, Message, Talk, TalkError, text, word},
+        ns::HeldDevice,
     },
     units::HostPid,
 };
@@ -98,7 +101,7 @@ const KINDS: [&str; 20] = [
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) flags: u32,
-    hardware: u16,
+    pub(super) hardware: u16,
     pub(super) name: Vec<u8>,
     pub(super) mtu: u32,
     pub(super) address: Option<Vec<u8>>,
@@ -113,7 +116,7 @@ pub(super) struct Link {
     queue_len: u32,
     queues: [u32; 2],
     pub(super) kind: Vec<u8>,
-    data: Option<Vec<u8>>,
+    pub(super) data: Option<Vec<u8>>,
     port_kind: Option<Vec<u8>>,
     port_data: Option<Vec<u8>>,
 }
@@ -164,13 +167,15 @@ impl Link {
     }
 
     /// Refuses a device that cannot be created again. `here` are the devices of the namespace of rcriu.
-    pub(super) fn check(&self, pid: HostPid, here: &[Link]) -> Result<()> {
+    pub(super) fn check(&self, pid: HostPid, here: &[Link], files: &tun::Files) -> Result<()> {
         let (name, kind) = (shown(&self.name), shown(&self.kind));
         let (what, help) = if self.is_loopback() || self.is_automatic() {
             return Ok(());
         } else if kind.is_empty() {
             let what = format!("has the network device {name}, which is no virtual device");
             (what, "move it to the namespace of the machine for the dump: ip link set DEV netns 1")
+        } else if kind == tun::KIND {
+            return files.check(self, pid);
         } else if !KINDS.contains(&kind.as_str()) {
             let what = format!("has the network device {name} of kind {kind}, which is not kept");
             (what, "remove it for the dump, or dump with --external net[INODE]:NAME")
@@ -200,13 +205,19 @@ impl Link {
             b"veth" => NdType::Veth,
             b"bridge" => NdType::Bridge,
             b"macvlan" => NdType::Macvlan,
+            kind if kind == tun::KIND.as_bytes() => NdType::Tun,
             // CRIU needs a plugin for it.
             _ => NdType::Extlink,
         }
     }
 
     /// Returns the entry of the image.
-    fn entry(self, namespace: u32, outside: Option<RcriuOutside>) -> NetDeviceEntry {
+    fn entry(
+        self,
+        namespace: u32,
+        outside: Option<RcriuOutside>,
+        tun: Option<TunLinkEntry>,
+    ) -> NetDeviceEntry {
         let nd_type = self.nd_type();
         let macvlan = self.data.as_ref().filter(|_| nd_type == NdType::Macvlan).map(|data| {
             let value = |wanted| Attributes(data).find(|(kind, _)| *kind == wanted);
@@ -223,6 +234,7 @@ impl Link {
             name: self.name,
             address: self.address.filter(|_| nd_type != NdType::Loopback),
             macvlan,
+            tun,
             peer_ifindex: Some(self.lower.unwrap_or(self.index)),
             peer_nsid: self.lower_namespace.is_none().then_some(namespace),
             master: self.master,
@@ -286,16 +298,19 @@ pub(super) fn list() -> Result<Vec<Link>, TalkError> {
 }
 
 /// Returns the entries of the image; `namespace` is the number of the namespace there.
-///
-/// # Errors
-/// The error of the kernel.
-pub(super) fn dump(namespace: u32, here: &outside::Here) -> Result<Vec<NetDeviceEntry>, TalkError> {
-    let kept = list()?.into_iter().filter(|link| !link.is_automatic());
+pub(super) fn entries(
+    links: Vec<Link>,
+    namespace: u32,
+    here: &outside::Here,
+    tun_entry: impl Fn(&Link) -> TunLinkEntry,
+) -> Vec<NetDeviceEntry> {
+    let kept = links.into_iter().filter(|link| !link.is_automatic());
     let entry = |link: Link| {
         let outside = here.end_of(&link);
-        link.entry(namespace, outside)
+        let tun = (link.kind == tun::KIND.as_bytes()).then(|| tun_entry(&link));
+        link.entry(namespace, outside, tun)
     };
-    Ok(kept.map(entry).collect())
+    kept.map(entry).collect()
 }
 
 /// Checks the entries of an image.
@@ -345,6 +360,7 @@ fn kind_of(device: &NetDeviceEntry) -> Option<String> {
         NdType::Veth => known("veth"),
         NdType::Bridge => known("bridge"),
         NdType::Macvlan => known("macvlan"),
+        NdType::Tun => device.tun.is_some().then(|| tun::KIND.to_owned()),
         NdType::Extlink => known(&shown(&device.rcriu_link.as_ref()?.kind)),
         _ => None,
     }
@@ -358,6 +374,10 @@ pub(super) fn is_loopback(device: &NetDeviceEntry) -> bool {
     device.r#type == i32::from(NdType::Loopback)
 }
 
+fn is_tun(device: &NetDeviceEntry) -> bool {
+    device.r#type == i32::from(NdType::Tun)
+}
+
 /// Returns `struct ifinfomsg`. `flags` are those to change, with their values.
 pub(super) fn fixed(index: u32, flags: Option<u32>) -> Body {
     let (flags, change) = flags.map_or((0, 0), |flags| (flags & FLAGS, FLAGS));
@@ -365,13 +385,15 @@ pub(super) fn fixed(index: u32, flags: Option<u32>) -> Body {
     Body::new(&[family, index, flags, change].map(u32::to_ne_bytes).concat())
 }
 
-/// Creates the devices with their settings, down, and without addresses.
+/// Creates the devices with their settings, down, and without addresses. Returns the files that keep those of
+/// programs connected.
 ///
 /// # Errors
 /// The first failure.
-pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<(), Problem> {
+pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<Vec<HeldDevice>, Problem> {
     let mut talk = Talk::about_routes();
     let mut made = BTreeSet::new();
+    let mut held = Vec::new();
     let mut rest: Vec<&NetDeviceEntry> = devices.iter().collect();
     while !rest.is_empty() {
         let before = rest.len();
@@ -386,7 +408,9 @@ pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<(), Pro
                 rest.push(device);
                 continue;
             }
-            if !is_loopback(device) && !made.contains(&device.ifindex) {
+            if is_tun(device) {
+                held.extend(tun::create(device)?);
+            } else if !is_loopback(device) && !made.contains(&device.ifindex) {
                 made.extend(create(&mut talk, device, devices, here)?);
             }
             made.insert(device.ifindex);
@@ -401,7 +425,7 @@ pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<(), Pro
         join(&mut talk, device)?;
     }
     devices.iter().for_each(sysctl::write_device);
-    Ok(())
+    Ok(held)
 }
 
 fn about(what: &str, device: &NetDeviceEntry) -> impl FnOnce(TalkError) -> Problem + use<> {
@@ -546,7 +570,7 @@ fn with_attributes(body: Body, device: &NetDeviceEntry) -> Body {
 
 /// Sets what a device cannot have from the start.
 fn set(talk: &mut Talk, device: &NetDeviceEntry) -> Result<(), Problem> {
-    if is_loopback(device) {
+    if is_loopback(device) || is_tun(device) {
         let body = with_attributes(fixed(device.ifindex, None), device);
         talk.change(SET_LINK, 0, &body.0).map_err(about("set the attributes of", device))?;
     }

@@ -13,6 +13,7 @@ mod others;
 mod outside;
 mod routes;
 mod sysctl;
+mod tun;
 
 use std::{
     fmt::Display,
@@ -26,7 +27,7 @@ use std::{
 
 use nix::libc;
 
-use super::{Building, Dumped, Namespace, Restoring, wrong};
+use super::{Building, Dumped, HeldDevice, Namespace, Restoring, wrong};
 use crate::{
     causes::tell,
     image::{
@@ -36,7 +37,7 @@ use crate::{
     proc,
     res::{self, ResError, Result, netlink::TalkError},
     sys::visit::{Place, Visit},
-    units::HostPid,
+    units::{HostPid, IdMap},
 };
 
 /// The most bytes of an image of the kernel's messages, or of a packet filter.
@@ -55,15 +56,19 @@ impl Namespace for Net {
 
     fn check(&self, of: &Dumped<'_>) -> Result<()> {
         let (pid, options) = (of.pid, &of.options.network);
-        if options.is_empty || external(pid, options)?.is_some() {
-            return Ok(());
-        }
         let failed = || failed("list the devices of", pid);
         let here = links::list().map_err(failed())?;
         let _visit = enter(pid)?;
         let links = links::list().map_err(failed())?;
+        let files = tun::Files::find(of.tasks, pid, &links)?;
+        if options.is_empty {
+            return files.refuse("while the dump leaves out all devices (--empty-ns net)");
+        }
+        if external(pid, options)?.is_some() {
+            return files.refuse("whose network namespace the dump leaves out (--external)");
+        }
         let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
-        kept.try_for_each(|link| link.check(pid, &here))?;
+        kept.try_for_each(|link| link.check(pid, &here, &files))?;
         others::check(pid)
     }
 
@@ -103,7 +108,9 @@ impl Namespace for Net {
         let here =
             outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
         let _visit = enter(pid)?;
-        let mut devices = links::dump(number, &here).map_err(failed("list the devices of", pid))?;
+        let links = links::list().map_err(failed("list the devices of", pid))?;
+        let files = tun::Files::find(of.tasks, pid, &links)?;
+        let mut devices = links::entries(links, number, &here, |link| files.entry(link, of.ids));
         let Some(fresh) = fresh else {
             // The loopback device is there in any namespace, and connections within it need it.
             devices.retain(links::is_loopback);
@@ -138,11 +145,13 @@ impl Namespace for Net {
         devices.iter_mut().for_each(|device| options.apply(device));
         links::check(&devices).map_err(problem)?;
         if options.is_empty {
-            return Ok(Box::new(Network { number, devices, ..Network::default() }));
+            let network = Network { number, devices, ..Network::default() };
+            return Ok(Box::new(network));
         }
         let routes = routes::Routes::read(images, number, &entry)?;
         let filters = filter::Filters::read(images, number)?;
-        Ok(Box::new(Network { number, devices, entry, routes, filters }))
+        let held = Vec::new();
+        Ok(Box::new(Network { number, devices, entry, routes, filters, held }))
     }
 }
 
@@ -159,9 +168,18 @@ struct Network {
     entry: NetnsEntry,
     routes: routes::Routes,
     filters: filter::Filters,
+    held: Vec<HeldDevice>,
 }
 
 impl Restoring for Network {
+    fn translate(&mut self, ids: &IdMap) {
+        self.devices.iter_mut().for_each(|device| tun::translate(device, ids));
+    }
+
+    fn take_devices(&mut self) -> Vec<HeldDevice> {
+        std::mem::take(&mut self.held)
+    }
+
     fn build(&mut self, on: &Building<'_>) -> Result<()> {
         let first = on.first;
         let number = self.number;
@@ -169,7 +187,7 @@ impl Restoring for Network {
         let here = open_here(first)?;
         let _visit = enter(first)?;
         sysctl::write_common(&self.entry);
-        links::make(&self.devices, &here).map_err(problem)?;
+        self.held = links::make(&self.devices, &here).map_err(problem)?;
         self.routes.restore_addresses().map_err(problem)?;
         links::start(&self.devices).map_err(problem)?;
         self.routes.restore().map_err(problem)?;
