@@ -399,6 +399,7 @@ states! {
     network_namespace_down;
     network_namespace_of_a_child ["--tcp-established"];
     network_namespaces ["--tcp-established"];
+    network_namespaces_connected ["--tcp-established"];
     network_devices;
     network_routes;
     network_settings;

@@ -21,6 +21,7 @@ pub const ROWS: &[Row] = &[
     ("network_namespace_down", network_namespace_down),
     ("network_namespace_of_a_child", of_a_child),
     ("network_namespaces", network_namespaces),
+    ("network_namespaces_connected", network_namespaces_connected),
     ("network_devices", network_devices),
     ("network_routes", network_routes),
     ("network_settings", network_settings),
@@ -436,4 +437,84 @@ fn network_namespaces(checkpoint: &Checkpoint) -> Verdict {
     roots.check()?;
     first.join()?;
     second.join()
+}
+
+/// A tree with three network namespaces, which pairs of devices connect: that of the root with each of the children,
+/// by a bridge, and the children with each other. One knows another by a number of its own.
+fn network_namespaces_connected(checkpoint: &Checkpoint) -> Verdict {
+    let failed = |error: std::io::Error| error.to_string();
+    enter(&["link set lo up"])?;
+    let server = TcpListener::bind("0.0.0.0:4711").map_err(failed)?;
+    let talk = |child: &Checkpoint, own: &str, is_second: bool| -> Verdict {
+        enter(&["link set lo up"])?;
+        child.announce();
+        child.wait_mark(&format!("connected {own}"))?;
+        ip(&format!("addr add 10.5.0.{own}/24 dev up0"))?;
+        ip("link set up0 up")?;
+        ip("link set side up")?;
+        ip(&format!("addr add 10.6.0.{own}/24 dev side"))?;
+        ip("route add default via 10.5.0.1")?;
+        crate::kit::wait_until("the connection", || {
+            ip("link show side").is_ok_and(|shown| shown.contains("LOWER_UP"))
+        })?;
+        settle()?;
+        let mut to_root = TcpStream::connect("10.5.0.1:4711").map_err(failed)?;
+        to_root.write_all(own.as_bytes()).map_err(failed)?;
+        let udp = UdpSocket::bind(format!("10.6.0.{own}:9000")).map_err(failed)?;
+        udp.set_read_timeout(Some(std::time::Duration::from_secs(20))).map_err(failed)?;
+        let before = (seen()?, ip("netns list-id")?);
+        child.mark(&format!("ready {own}"));
+        child.wait_go();
+        settle()?;
+        same("the network of a child", before, (seen()?, ip("netns list-id")?))?;
+        to_root.write_all(b"after").map_err(failed)?;
+        let other = if is_second { "10.6.0.2:9000" } else { "10.6.0.3:9000" };
+        let mut bytes = [0; 8];
+        // The other child may not listen yet.
+        crate::kit::wait_until("the other child", || udp.send_to(b"hello", other).is_ok())?;
+        let (len, _) = udp.recv_from(&mut bytes).map_err(failed)?;
+        same("a datagram of the other child", &b"hello"[..], &bytes[..len])?;
+        child.mark(&format!("done {own}"));
+        child.wait_mark(&format!("done {}", if is_second { "2" } else { "3" }))
+    };
+    let mut children = Vec::new();
+    for (own, is_second) in [("2", false), ("3", true)] {
+        children.push(checkpoint.fork(|child| talk(child, own, is_second))?);
+    }
+    let pids: Vec<i32> = children.iter().map(|child| child.pid).collect();
+    ip("link add br0 type bridge")?;
+    ip("addr add 10.5.0.1/24 dev br0")?;
+    ip("link set br0 up")?;
+    for (own, pid) in ["2", "3"].iter().zip(&pids) {
+        ip(&format!("link add port{own} master br0 type veth peer name up0 netns {pid}"))?;
+        ip(&format!("link set port{own} up"))?;
+    }
+    let (one, other) = (pids[0], pids[1]);
+    run(&format!("nsenter -t {one} -n ip link set lo mtu 60000"))?;
+    ip(&format!("link add tmp0 netns {one} type veth peer name tmp1 netns {other}"))?;
+    for (pid, name) in [(one, "tmp0"), (other, "tmp1")] {
+        run(&format!("nsenter -t {pid} -n ip link set {name} name side"))?;
+    }
+    let mut streams = Vec::new();
+    for own in ["2", "3"] {
+        checkpoint.mark(&format!("connected {own}"));
+    }
+    for own in ["2", "3"] {
+        checkpoint.wait_mark(&format!("ready {own}"))?;
+        streams.push(server.accept().map_err(failed)?.0);
+    }
+    settle()?;
+    let before = (seen()?, ip("netns list-id")?);
+    checkpoint.wait();
+    settle()?;
+    same("the network of the root", before, (seen()?, ip("netns list-id")?))?;
+    children.into_iter().try_for_each(crate::kit::Child::join)?;
+    let mut words = Vec::new();
+    for stream in &mut streams {
+        let mut bytes = [0; 6];
+        stream.read_exact(&mut bytes).map_err(failed)?;
+        words.push(String::from_utf8_lossy(&bytes).into_owned());
+    }
+    words.sort();
+    same("what the children have sent", vec!["2after".to_owned(), "3after".to_owned()], words)
 }

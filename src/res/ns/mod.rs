@@ -274,6 +274,21 @@ pub trait Restoring: std::fmt::Debug {
         Script::new()
     }
 
+    /// Whether it is restored together with others of its kind, in several rounds ([`Self::go_on`]).
+    fn has_rounds(&self) -> bool {
+        false
+    }
+
+    /// Goes on after [`Self::build`] and [`Self::script`], when all namespaces of the kind are there. The first
+    /// process is in the namespace again. Each round, counted from 0, ends for all namespaces of the kind before
+    /// the next begins. Returns whether another round is needed.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn go_on(&mut self, _on: &Building<'_>, _round: u32) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Takes the descriptors by which this program holds devices of programs of the tree. Runs after
     /// [`Self::build`].
     fn take_devices(&mut self) -> Vec<HeldDevice> {

@@ -116,6 +116,13 @@ impl Building<'_> {
         self.run(&script)
     }
 
+    /// Returns a descriptor of the namespace with this number, if the tree has several of the kind.
+    pub(super) fn entrance(&self, file: &str, number: u32) -> Option<io::Result<OwnedFd>> {
+        let entrances = self.entrances.borrow();
+        let found = entrances.find(file, number);
+        found.map(|entrance| Ok(entrance.file.try_clone()?.into()))
+    }
+
     /// Has the first process enter the namespaces of a process, except those of the kind `file`.
     pub(super) fn enter_those_of(&self, ids: &TaskKobjIdsEntry, file: &str) -> Result<()> {
         let kinds = KINDS.iter().filter(|kind| kind.file != file);
@@ -395,6 +402,18 @@ impl OfKind {
             }
             restoring.build(on)?;
             on.run(&restoring.script())?;
+        }
+        for round in 0.. {
+            let mut has_more = false;
+            for State { member, restoring, .. } in states.iter_mut() {
+                if *has_others && restoring.has_rounds() {
+                    on.enter(kind.file, member.number)?;
+                }
+                has_more |= restoring.go_on(on, round)?;
+            }
+            if !has_more {
+                break;
+            }
         }
         if *has_others { on.enter(kind.file, *home) } else { Ok(()) }
     }

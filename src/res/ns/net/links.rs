@@ -5,14 +5,18 @@
 
 use std::{
     collections::BTreeSet,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     thread,
     time::{Duration, Instant},
 };
 
 use nix::{errno::Errno, libc};
 
-use super::{Problem, outside, sysctl, tun};
+use super::{
+    Problem, outside,
+    peers::{FarEnd, Neighbours},
+    sysctl, tun,
+};
 use crate::{
     image::proto::{
         MacvlanLinkEntry, NdType, NetDeviceEntry, RcriuLink, RcriuOutside, TunLinkEntry,
@@ -59,6 +63,9 @@ mod info {
     pub(super) const PORT_KIND: u16 = 4;
     pub(super) const PORT_DATA: u16 = 5;
 }
+
+/// `IFLA_NET_NS_FD`, `linux/if_link.h`.
+pub(super) const NAMESPACE: u16 = 28;
 
 /// `VETH_INFO_PEER`, `linux/veth.h`.
 const VETH_PEER: u16 = 1;
@@ -167,7 +174,12 @@ impl Link {
     }
 
     /// Refuses a device that cannot be created again. `here` are the devices of the namespace of rcriu.
-    pub(super) fn check(&self, pid: HostPid, here: &[Link], files: &tun::Files) -> Result<()> {
+    pub(super) fn check(
+        &self,
+        pid: HostPid,
+        here: &[Link],
+        (neighbours, files): (&Neighbours, &tun::Files),
+    ) -> Result<()> {
         let (name, kind) = (shown(&self.name), shown(&self.kind));
         let (what, help) = if self.is_loopback() || self.is_automatic() {
             return Ok(());
@@ -179,7 +191,10 @@ impl Link {
         } else if !KINDS.contains(&kind.as_str()) {
             let what = format!("has the network device {name} of kind {kind}, which is not kept");
             (what, "remove it for the dump, or dump with --external net[INODE]:NAME")
-        } else if self.lower_namespace.is_some() && outside::other_end(here, self).is_none() {
+        } else if let Some(number) = self.lower_namespace
+            && !(kind == "veth" && neighbours.find(number).is_some())
+            && !(neighbours.is_here(number) && outside::other_end(here, self).is_some())
+        {
             return Err(self.connected(pid));
         } else {
             return Ok(());
@@ -188,7 +203,7 @@ impl Link {
     }
 
     /// Returns the refusal of a device that is connected to a namespace outside of the images.
-    pub(super) fn connected(&self, pid: HostPid) -> ResError {
+    fn connected(&self, pid: HostPid) -> ResError {
         let (name, kind) = (shown(&self.name), shown(&self.kind));
         let what = format!(
             "has the network device {name} of kind {kind}, which is connected to another network namespace"
@@ -211,10 +226,11 @@ impl Link {
         }
     }
 
-    /// Returns the entry of the image.
+    /// Returns the entry of the image. `lower_in` is the number of the namespace of the device below it, or of its other
+    /// end, if the images have that.
     fn entry(
         self,
-        namespace: u32,
+        lower_in: Option<u32>,
         outside: Option<RcriuOutside>,
         tun: Option<TunLinkEntry>,
     ) -> NetDeviceEntry {
@@ -236,7 +252,7 @@ impl Link {
             macvlan,
             tun,
             peer_ifindex: Some(self.lower.unwrap_or(self.index)),
-            peer_nsid: self.lower_namespace.is_none().then_some(namespace),
+            peer_nsid: lower_in,
             master: self.master,
             rcriu_link: Some(RcriuLink {
                 kind: self.kind,
@@ -301,14 +317,18 @@ pub(super) fn list() -> Result<Vec<Link>, TalkError> {
 pub(super) fn entries(
     links: Vec<Link>,
     namespace: u32,
-    here: &outside::Here,
+    (here, neighbours): (&outside::Here, &Neighbours),
     tun_entry: impl Fn(&Link) -> TunLinkEntry,
 ) -> Vec<NetDeviceEntry> {
     let kept = links.into_iter().filter(|link| !link.is_automatic());
     let entry = |link: Link| {
-        let outside = here.end_of(&link);
+        let (lower_in, outside) = match link.lower_namespace {
+            None => (Some(namespace), None),
+            Some(number) if neighbours.is_here(number) => (None, here.end_of(&link)),
+            Some(number) => (neighbours.find(number), None),
+        };
         let tun = (link.kind == tun::KIND.as_bytes()).then(|| tun_entry(&link));
-        link.entry(namespace, outside, tun)
+        link.entry(lower_in, outside, tun)
     };
     kept.map(entry).collect()
 }
@@ -390,9 +410,16 @@ pub(super) fn fixed(index: u32, flags: Option<u32>) -> Body {
 ///
 /// # Errors
 /// The first failure.
-pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<Vec<HeldDevice>, Problem> {
+pub(super) fn make(
+    devices: &[NetDeviceEntry],
+    here: &OwnedFd,
+    far_ends: &[(&FarEnd, OwnedFd)],
+) -> Result<Vec<HeldDevice>, Problem> {
     let mut talk = Talk::about_routes();
-    let mut made = BTreeSet::new();
+    // Those whose other end another namespace has made already.
+    let there = list().map_err(Problem::about("list the network devices"))?;
+    let there = there.iter().filter(|link| link.kind == b"veth").map(|link| link.index);
+    let mut made: BTreeSet<u32> = there.collect();
     let mut held = Vec::new();
     let mut rest: Vec<&NetDeviceEntry> = devices.iter().collect();
     while !rest.is_empty() {
@@ -411,7 +438,9 @@ pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<Vec<Hel
             if is_tun(device) {
                 held.extend(tun::create(device)?);
             } else if !is_loopback(device) && !made.contains(&device.ifindex) {
-                made.extend(create(&mut talk, device, devices, here)?);
+                let far = far_ends.iter().find(|(end, _)| end.of == device.ifindex);
+                let far = far.map(|(end, namespace)| (*end, namespace));
+                made.extend(create(&mut talk, device, devices, (here, far))?);
             }
             made.insert(device.ifindex);
             set(&mut talk, device)?;
@@ -443,7 +472,7 @@ fn create(
     talk: &mut Talk,
     device: &NetDeviceEntry,
     devices: &[NetDeviceEntry],
-    here: &OwnedFd,
+    (here, far): (&OwnedFd, Option<(&FarEnd, &OwnedFd)>),
 ) -> Result<Option<u32>, Problem> {
     let kind = kind_of(device).expect("it was checked");
     let link = device.rcriu_link.clone().unwrap_or_default();
@@ -458,6 +487,10 @@ fn create(
     let mut other_end = None;
     let data = if let ("veth", Some(end)) = (kind.as_str(), &link.outside) {
         Some(Body::default().nested(VETH_PEER, &outside::attributes(end, here)).0)
+    } else if let ("veth", Some((end, namespace))) = (kind.as_str(), far) {
+        let far = with_attributes(fixed(end.device.ifindex, None), &end.device);
+        let far = far.number(NAMESPACE, namespace.as_raw_fd().cast_unsigned());
+        Some(Body::default().nested(VETH_PEER, &far).0)
     } else if kind == "veth" {
         let is_inside = |number: &u32| *number != device.ifindex && device.peer_nsid.is_some();
         let other = device.peer_ifindex.filter(is_inside);

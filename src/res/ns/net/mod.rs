@@ -11,6 +11,7 @@ mod links;
 mod options;
 mod others;
 mod outside;
+mod peers;
 mod routes;
 mod sysctl;
 mod tun;
@@ -45,6 +46,7 @@ const LARGEST_IMAGE_BYTES: u64 = 64 << 20;
 
 pub use options::Options;
 pub(super) use options::entered;
+use peers::Neighbours;
 
 #[derive(Debug)]
 pub(super) struct Net;
@@ -54,73 +56,12 @@ impl Namespace for Net {
         u64::from(libc::CLONE_NEWNET.cast_unsigned())
     }
 
-    fn check(&self, of: &Dumped<'_>) -> Result<()> {
-        let (pid, options) = (of.pid, &of.options.network);
-        let failed = || failed("list the devices of", pid);
-        let here = links::list().map_err(failed())?;
-        let _visit = enter(pid)?;
-        let links = links::list().map_err(failed())?;
-        let files = tun::Files::find(of.tasks, pid, &links)?;
-        if options.is_empty {
-            return files.refuse("while the dump leaves out all devices (--empty-ns net)");
-        }
-        if external(pid, options)?.is_some() {
-            return files.refuse("whose network namespace the dump leaves out (--external)");
-        }
-        let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
-        kept.try_for_each(|link| link.check(pid, &here, &files))?;
-        others::check(pid)
-    }
-
-    /// Refuses also devices that connect namespaces of the tree: by their numbers alone, the other end
-    /// could be taken for a device of the machine.
     fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
-        all.iter().try_for_each(|of| self.check(of))?;
-        if all.len() < 2 || all[0].options.network.is_empty {
-            return Ok(());
-        }
-        let list = |of: &Dumped<'_>| {
-            let _visit = enter(of.pid)?;
-            links::list().map_err(failed("list the devices of", of.pid))
-        };
-        let links = all.iter().map(list).collect::<Result<Vec<_>>>()?;
-        for (at, of) in all.iter().enumerate() {
-            let others = links.iter().enumerate().filter(|(other, _)| *other != at);
-            let mut others = others.map(|(_, links)| links.as_slice());
-            others.try_for_each(|others| {
-                let connected =
-                    links[at].iter().find(|link| outside::other_end(others, link).is_some());
-                connected.map_or(Ok(()), |link| Err(link.connected(of.pid)))
-            })?;
-        }
-        Ok(())
+        all.iter().try_for_each(|of| check(of, all))
     }
 
-    fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
-        let Dumped { pid, number, options, .. } = *of;
-        if let Some(name) = external(pid, &options.network)? {
-            let entry = NetnsEntry { ext_key: Some(name.into()), ..NetnsEntry::default() };
-            return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
-        }
-        // Made by a thread of its own, so before this one moves.
-        let fresh =
-            (!options.network.is_empty).then(|| sysctl::of_new_namespace(pid)).transpose()?;
-        let here =
-            outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
-        let _visit = enter(pid)?;
-        let links = links::list().map_err(failed("list the devices of", pid))?;
-        let files = tun::Files::find(of.tasks, pid, &links)?;
-        let mut devices = links::entries(links, number, &here, |link| files.entry(link, of.ids));
-        let Some(fresh) = fresh else {
-            // The loopback device is there in any namespace, and connections within it need it.
-            devices.retain(links::is_loopback);
-            return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
-        };
-        images.write(Kind::Netdev, number.into(), &devices)?;
-        let mut entry = sysctl::read_common(&fresh);
-        routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
-        filter::dump(images, number, pid)?;
-        Ok(images.write(Kind::Netns, number.into(), &[entry])?)
+    fn dump_all(&self, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
+        all.iter().try_for_each(|of| dump(of, all, images))
     }
 
     fn restore(
@@ -148,11 +89,61 @@ impl Namespace for Net {
             let network = Network { number, devices, ..Network::default() };
             return Ok(Box::new(network));
         }
+        let far_ends = peers::far_ends(images, number, &devices)?;
         let routes = routes::Routes::read(images, number, &entry)?;
         let filters = filter::Filters::read(images, number)?;
         let held = Vec::new();
-        Ok(Box::new(Network { number, devices, entry, routes, filters, held }))
+        Ok(Box::new(Network { number, devices, entry, routes, filters, far_ends, held }))
     }
+}
+
+fn check(of: &Dumped<'_>, all: &[Dumped<'_>]) -> Result<()> {
+    let (pid, options) = (of.pid, &of.options.network);
+    let failed = || failed("list the devices of", pid);
+    let here = links::list().map_err(failed())?;
+    let rcrius = open_here(pid)?;
+    let _visit = enter(pid)?;
+    let links = links::list().map_err(failed())?;
+    let files = tun::Files::find(of.tasks, pid, &links)?;
+    if options.is_empty {
+        return files.refuse("while the dump leaves out all devices (--empty-ns net)");
+    }
+    if external(pid, options)?.is_some() {
+        return files.refuse("whose network namespace the dump leaves out (--external)");
+    }
+    let neighbours = Neighbours::look(all, &rcrius)?;
+    let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
+    kept.try_for_each(|link| link.check(pid, &here, (&neighbours, &files)))?;
+    others::check(pid, &neighbours)
+}
+
+fn dump(of: &Dumped<'_>, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
+    let Dumped { pid, number, options, .. } = *of;
+    if let Some(name) = external(pid, &options.network)? {
+        let entry = NetnsEntry { ext_key: Some(name.into()), ..NetnsEntry::default() };
+        return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
+    }
+    // Made by a thread of its own, so before this one moves.
+    let fresh = (!options.network.is_empty).then(|| sysctl::of_new_namespace(pid)).transpose()?;
+    let here = outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
+    let rcrius = open_here(pid)?;
+    let _visit = enter(pid)?;
+    let links = links::list().map_err(failed("list the devices of", pid))?;
+    let files = tun::Files::find(of.tasks, pid, &links)?;
+    let neighbours = Neighbours::look(all, &rcrius)?;
+    let tun_entry = |link: &links::Link| files.entry(link, of.ids);
+    let mut devices = links::entries(links, number, (&here, &neighbours), tun_entry);
+    let Some(fresh) = fresh else {
+        // The loopback device is there in any namespace, and connections within it need it.
+        devices.retain(links::is_loopback);
+        return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
+    };
+    images.write(Kind::Netdev, number.into(), &devices)?;
+    let mut entry = sysctl::read_common(&fresh);
+    entry.nsids = neighbours.entries();
+    routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
+    filter::dump(images, number, pid)?;
+    Ok(images.write(Kind::Netns, number.into(), &[entry])?)
 }
 
 /// Returns the name of the namespace of a process, if it stays outside of the images.
@@ -168,6 +159,7 @@ struct Network {
     entry: NetnsEntry,
     routes: routes::Routes,
     filters: filter::Filters,
+    far_ends: Vec<peers::FarEnd>,
     held: Vec<HeldDevice>,
 }
 
@@ -180,21 +172,39 @@ impl Restoring for Network {
         std::mem::take(&mut self.held)
     }
 
-    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+    fn has_rounds(&self) -> bool {
+        true
+    }
+
+    /// Devices first, since pairs of them connect namespaces; then their addresses, since a pair is connected when
+    /// both ends are up; then what depends on connected devices.
+    fn go_on(&mut self, on: &Building<'_>, round: u32) -> Result<bool> {
         let first = on.first;
         let number = self.number;
         let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
         let here = open_here(first)?;
         let _visit = enter(first)?;
-        sysctl::write_common(&self.entry);
-        self.held = links::make(&self.devices, &here).map_err(problem)?;
-        self.routes.restore_addresses().map_err(problem)?;
-        links::start(&self.devices).map_err(problem)?;
-        self.routes.restore().map_err(problem)?;
-        self.filters.restore().map_err(problem)?;
-        sysctl::write_others(&self.entry);
-        await_loopback();
-        Ok(())
+        match round {
+            0 => {
+                sysctl::write_common(&self.entry);
+                peers::number(&self.entry.nsids, number, on).map_err(problem)?;
+                let ends = self.far_ends.iter().map(|end| Ok((end, peers::open(end, on)?)));
+                let ends = ends.collect::<Result<Vec<_>, _>>().map_err(problem)?;
+                self.held = links::make(&self.devices, &here, &ends).map_err(problem)?;
+            }
+            1 => {
+                self.routes.restore_addresses().map_err(problem)?;
+                links::start(&self.devices).map_err(problem)?;
+            }
+            _ => {
+                self.routes.restore().map_err(problem)?;
+                self.filters.restore().map_err(problem)?;
+                sysctl::write_others(&self.entry);
+                await_loopback();
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn finish(&mut self, _: HostPid) -> Result<()> {

@@ -6,7 +6,7 @@
 
 use nix::errno::Errno;
 
-use super::{failed, links, warn};
+use super::{failed, links, peers::Neighbours, warn};
 use crate::{
     res::{
         ResError, Result,
@@ -75,7 +75,7 @@ fn list(
 ///
 /// # Errors
 /// [`ResError::Refused`], or the error of the kernel.
-pub(super) fn check(pid: HostPid) -> Result<()> {
+pub(super) fn check(pid: HostPid, neighbours: &Neighbours) -> Result<()> {
     let refused = |what: String, help: &'static str| Err(ResError::Refused { pid, what, help });
     let mut ipsec = Talk::about_ipsec();
     for (kind, answer, name) in [
@@ -128,7 +128,8 @@ pub(super) fn check(pid: HostPid) -> Result<()> {
         );
     }
     warn_of_queueing(&mut talk).map_err(failed("list the traffic control of", pid))?;
-    warn_of_numbers(&mut talk).map_err(failed("list the numbers of namespaces for", pid))
+    warn_of_numbers(&mut talk, neighbours)
+        .map_err(failed("list the numbers of namespaces for", pid))
 }
 
 /// Returns the names of all sets of `ipset(8)`.
@@ -163,9 +164,9 @@ fn warn_of_queueing(talk: &mut Talk) -> std::result::Result<(), TalkError> {
     Ok(())
 }
 
-/// Names the numbers that the namespace has for others (`ip netns set`), unless the kernel has given
-/// them to the other ends of devices.
-fn warn_of_numbers(talk: &mut Talk) -> std::result::Result<(), TalkError> {
+/// Names the numbers that the namespace has for others outside of the tree (`ip netns set`), unless the kernel has
+/// given them to the other ends of devices.
+fn warn_of_numbers(talk: &mut Talk, neighbours: &Neighbours) -> std::result::Result<(), TalkError> {
     let fixed = Body::new(&[0; GENERIC_BYTES]);
     let found = list(talk, GET_NUMBERS, &fixed, NEW_NUMBER)?;
     if found.is_empty() {
@@ -173,7 +174,8 @@ fn warn_of_numbers(talk: &mut Talk) -> std::result::Result<(), TalkError> {
     }
     let used: Vec<u32> = links::list()?.iter().filter_map(|link| link.lower_namespace).collect();
     let numbers = found.iter().filter_map(|one| one.attribute(GENERIC_BYTES, NUMBER));
-    for number in numbers.map(|number| word(number, 0)).filter(|number| !used.contains(number)) {
+    let is_lost = |number: &u32| !used.contains(number) && neighbours.find(*number).is_none();
+    for number in numbers.map(|number| word(number, 0)).filter(is_lost) {
         warn(&format!(
             "the number {number} that the network namespace has for another one (ip netns set) is not kept"
         ));

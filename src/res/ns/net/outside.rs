@@ -21,9 +21,6 @@ use crate::{
     res::netlink::{Body, Message, TalkError},
 };
 
-/// `IFLA_NET_NS_FD`, `linux/if_link.h`.
-const NAMESPACE: u16 = 28;
-
 /// What a dump sees of the namespace of rcriu.
 #[derive(Debug)]
 pub(super) struct Here {
@@ -85,7 +82,7 @@ pub(super) fn attributes(end: &RcriuOutside, here: &OwnedFd) -> Body {
     if let Some(address) = &end.address {
         body = body.with(links::of::ADDRESS, address);
     }
-    body.number(NAMESPACE, here.as_raw_fd().cast_unsigned())
+    body.number(links::NAMESPACE, here.as_raw_fd().cast_unsigned())
 }
 
 /// Gives the end outside its addresses and its bridge, and starts it. The calling thread is in the namespace of
