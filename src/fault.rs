@@ -41,8 +41,8 @@ macro_rules! named {
 }
 
 named! {
-    /// Points at which a test can cause a failure: in a dump, a restore, linking, freeing, and reading
-    /// through a mount.
+    /// Points at which a test can cause a failure: in a dump, a restore, linking, freeing, reading
+    /// through a mount, and a page server.
     Point {
         DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
         DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
@@ -82,6 +82,8 @@ named! {
         FreeJournalled = "free-journalled": "After the journals are on disk, before the first page is freed.";
         FreeHalf = "free-half": "After the first pages were freed.";
         FreeDone = "free-done": "After all were freed.";
+        PageServerMemory = "page-server-memory": "When a page server has received some pages.";
+        PageServerWritten = "page-server-written": "When it has all, before they are on disk.";
         ComposeHalf = "compose-half": "After the first blocks of a file that a mount composes.";
     }
 }

@@ -108,7 +108,7 @@ fn a_link_named_criu_behaves_as_criu() {
     }
     assert_eq!(run(&["check", "--feature", "openat2"]).0, Some(0));
     assert_eq!(run(&["check", "--feature", "no-such-feature"]).0, Some(1));
-    for refused in ["exec", "page-server", "lazy-pages"] {
+    for refused in ["exec", "lazy-pages"] {
         let (code, said) = run(&[refused, "-t", "1"]);
         assert!(code == Some(1) && said.contains(refused), "{refused}: {said}");
     }

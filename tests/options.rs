@@ -11,9 +11,14 @@ mod common;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    os::unix::{
-        fs::{FileExt, FileTypeExt},
-        net::UnixDatagram,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{
+            fs::{FileExt, FileTypeExt},
+            net::{UnixDatagram, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -29,22 +34,29 @@ use common::{
     is_mounted,
     live::{Live, Shell, directory, state_of, wait_for},
     mounted::IMGFS,
+    page_server::Server,
     require, stored_bytes,
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    fcntl::{FcntlArg, FdFlag},
+    sys::{
+        signal::{Signal, kill},
+        wait::WaitPidFlag,
+    },
     unistd::Pid,
 };
 use rcriu::{
     cli::{imgfs::Imgfs, rcriu::Rcriu},
     image::{self, MemoryId, Presence, proto, read_all},
+    pages::wire::Command as Message,
 };
 
 /// The program under test.
 const RCRIU: &str = env!("CARGO_BIN_EXE_rcriu");
 
 /// Commands with CRIU's options.
-const TASKS: [&str; 7] = ["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service"];
+const TASKS: [&str; 8] =
+    ["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service", "page-server"];
 
 /// What a command is run with, and what its option is to do there.
 type Check = fn(command: &str);
@@ -66,6 +78,10 @@ const ROWS: &[Row] = &[
             ("track-mem", track_mem),
             ("tracker", tracker),
             ("auto-dedup", auto_dedup),
+            ("page-server", to_page_server),
+            ("address", to_page_server),
+            ("port", to_page_server),
+            ("ps-socket", to_socket),
         ],
     ),
     (
@@ -141,7 +157,7 @@ const ROWS: &[Row] = &[
     (&["dump", "restore"], &[("cpu-cap", cpu_cap)]),
     (&["cpuinfo"], &[("cpu-cap", compared)]),
     (
-        &["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service"],
+        &["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service", "page-server"],
         &[
             ("images-dir", images_dir),
             ("work-dir", work_dir),
@@ -179,6 +195,18 @@ const ROWS: &[Row] = &[
             ("pidfile", service),
             ("restore-detached", service),
             ("status-fd", service_status),
+        ],
+    ),
+    (
+        &["page-server"],
+        &[
+            ("address", page_server_listens),
+            ("port", page_server_listens),
+            ("ps-socket", page_server_socket),
+            ("prev-images-dir", page_server_parent),
+            ("pidfile", page_server_status),
+            ("restore-detached", page_server_status),
+            ("status-fd", page_server_status),
         ],
     ),
     (&["ls"], &[("duplicates", duplicates), ("json", json)]),
@@ -398,8 +426,11 @@ fn privileged_what_has_no_effect_says_so() {
                 let (dirs, _) = three(dir.path());
                 fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[2])]));
                 let last = dir.path().join("3");
+                let images = dir.path().join("images");
+                let of_server = [&["-v3"], &words[..]].concat();
                 let words = [&["-v3", "-D", text(&last)], &words[..]].concat();
                 match command {
+                    "page-server" => page_server_once(&images, &of_server),
                     "service" => service_once(&words),
                     "cpuinfo" => rcriu(&[&["cpuinfo", "dump"], &words[..]].concat()),
                     _ => rcriu(&[&[command], &words[..]].concat()),
@@ -435,7 +466,7 @@ groups! {
     privileged_options_of_pre_dump ["pre-dump"];
     privileged_options_of_restore ["restore"];
     options_of_check_and_show ["check", "show"];
-    options_of_the_service ["service"];
+    options_of_servers ["service", "page-server"];
     options_of_cpuinfo ["cpuinfo"];
     options_of_dedup ["dedup"];
     options_of_imgfs [
@@ -576,6 +607,11 @@ fn usual(command: &str, words: &[&str]) -> (Output, PathBuf, Box<dyn std::any::A
             let output = run.restore(words);
             (output, run.images(), Box::new(run.live))
         }
+        "page-server" => {
+            let dir = directory();
+            let images = dir.path().join("images");
+            (page_server_once(&images, words), images, Box::new(dir))
+        }
         _ => {
             let dir = directory();
             let (dirs, _) = three(dir.path());
@@ -697,6 +733,97 @@ fn service_once(words: &[&str]) -> Output {
         let _ = nix::sys::wait::waitpid(pid, None);
     }
     output
+}
+
+/// Runs a page server with these words, and a client that sends no memory.
+fn page_server_once(images: &Path, words: &[&str]) -> Output {
+    fs::create_dir_all(images).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = Command::new(RCRIU);
+    command.args(["page-server", "--address", "127.0.0.1", "--port", &port.to_string(), "-D"]);
+    command.arg(images).args(words).stdin(Stdio::null());
+    let mut server = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut client = None;
+    wait_for("the page server", || {
+        client = TcpStream::connect(("127.0.0.1", port)).ok();
+        client.is_some() || server.try_wait().unwrap().is_some()
+    });
+    if let Some(mut client) = client {
+        client.write_all(&Message::Close { forced: false }.encode()).unwrap();
+        let mut status = [1; 4];
+        client.read_exact(&mut status).unwrap();
+        assert_eq!(status, [0; 4]);
+    }
+    server.wait_with_output().unwrap()
+}
+
+fn page_server_listens(command: &str) {
+    let (output, ..) = usual(command, &[]);
+    fine(output);
+}
+
+fn page_server_parent(command: &str) {
+    let (output, images, _keep) = usual(command, &["--prev-images-dir", ".."]);
+    fine(output);
+    assert_eq!(fs::read_link(images.join("parent")).unwrap(), Path::new(".."));
+}
+
+fn page_server_socket(_: &str) {
+    let dir = directory();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(RCRIU);
+    command.args(["page-server", "--ps-socket", "0", "-D"]).arg(dir.path());
+    let server = command.stdin(OwnedFd::from(theirs)).stderr(Stdio::piped()).spawn().unwrap();
+    ours.write_all(&Message::Close { forced: true }.encode()).unwrap();
+    fine(server.wait_with_output().unwrap());
+}
+
+fn page_server_status(_: &str) {
+    let dir = directory();
+    let said = dir.path().join("status");
+    let script = "exec 7>\"$2\"; exec \"$1\" page-server --daemon --address 127.0.0.1 --pidfile pid \
+                  --status-fd 7";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh", RCRIU]).arg(&said).current_dir(dir.path());
+    let port = fine(common::live::bounded(command, &dir.path().join("output")));
+    assert_eq!(fs::read(&said).unwrap(), [0]);
+    let pid: i32 = fs::read_to_string(dir.path().join("pid")).unwrap().parse().unwrap();
+    let port: u16 = port.trim().parse().unwrap();
+    let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    client.write_all(&Message::Close { forced: false }.encode()).unwrap();
+    client.read_exact(&mut [0; 4]).unwrap();
+    drop(client);
+    wait_for("the end of the page server", || {
+        let _ = nix::sys::wait::waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+        state_of(pid).is_none_or(|state| state == 'Z')
+    });
+}
+
+/// The pages are at the server, and nowhere else.
+fn to_page_server(command: &str) {
+    let mut run = Run::new();
+    let received = run.live.path("received");
+    let server = Server::start(&received, &[]);
+    let arguments = server.arguments();
+    fine(run.dump(command, &arguments.each_ref().map(String::as_str)));
+    server.succeed();
+    assert!(received.join("pages-1.img").exists() && !run.images().join("pages-1.img").exists());
+}
+
+fn to_socket(command: &str) {
+    let mut run = Run::new();
+    let received = run.live.path("received");
+    fs::create_dir(&received).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut server = Command::new(RCRIU);
+    server.args(["page-server", "--ps-socket", "0", "-D"]).arg(&received);
+    let server = server.stdin(OwnedFd::from(theirs)).stderr(Stdio::piped()).spawn().unwrap();
+    // The dump inherits it.
+    nix::fcntl::fcntl(&ours, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let number = ours.as_raw_fd().to_string();
+    fine(run.dump(command, &["--page-server", "--ps-socket", &number]));
+    fine(server.wait_with_output().unwrap());
+    assert!(received.join("pages-1.img").exists());
 }
 
 /// A zero byte says that the service waits, and the end that nothing else comes.
@@ -1448,6 +1575,7 @@ fn images_dir(command: &str) {
         "dedup" => rcriu(&[command, "--images-dir", text(&absent)]),
         "cpuinfo" => rcriu(&[command, "dump", "--images-dir", text(&absent)]),
         "service" => service_once(&["--images-dir", text(&absent)]),
+        "page-server" => rcriu(&[command, "--images-dir", text(&absent)]),
         _ => rcriu(
             &[command, "-t1", "-D", text(&absent)][..if command == "restore" { 1 } else { 2 }]
                 .iter()
@@ -1494,7 +1622,7 @@ fn close(command: &str) {
     // What is said goes to standard output, except by commands that print nothing.
     let (fd, words): (_, &[&str]) = match command {
         "dump" | "pre-dump" | "restore" => ("1", &["--display-stats"]),
-        "cpuinfo" | "service" => ("2", &["-v4"]),
+        "cpuinfo" | "service" | "page-server" => ("2", &["-v4"]),
         _ => ("1", &[]),
     };
     let (output, _, _keep) = usual(command, words);
@@ -1502,7 +1630,7 @@ fn close(command: &str) {
     assert!(!said(&output).is_empty(), "{command}");
     let (output, images, _keep) = usual(command, &[words, &["--close", fd]].concat());
     assert_eq!(fine(output), "", "{command}");
-    if !matches!(command, "check" | "service") {
+    if !matches!(command, "check" | "service" | "page-server") {
         fine(imgfs(&["check", text(&images)]));
     }
 }

@@ -28,7 +28,9 @@ use nix::sys::{
 };
 use proptest::test_runner::{Config, TestRunner};
 use prost::Message;
-use rcriu::proto::rpc::{CriuCgMode, CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp};
+use rcriu::proto::rpc::{
+    CriuCgMode, CriuFeatures, CriuOpts, CriuPageServerInfo, CriuReq, CriuReqType, CriuResp,
+};
 
 /// The longest response, in bytes.
 const LONGEST: usize = 1 << 16;
@@ -261,6 +263,55 @@ fn privileged_what_a_client_asks_for_in_vain_is_named() {
         assert!(!response.success && response.r#type() == kind, "{response:?}");
         assert_eq!(client.end(), Some(1));
     }
+}
+
+#[test]
+fn privileged_a_client_starts_a_page_server_and_dumps_to_it() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("pipes");
+    for (kind, name) in
+        [(CriuReqType::PageServer, "received"), (CriuReqType::PageServerChld, "of-child")]
+    {
+        let received = live.path(name);
+        fs::create_dir(&received).unwrap();
+        let opened = File::open(&received).unwrap();
+        let client = Client::of_swrk();
+        let place = CriuPageServerInfo {
+            address: Some(b"127.0.0.1".to_vec()),
+            ..CriuPageServerInfo::default()
+        };
+        let opts = CriuOpts {
+            ps: Some(place.clone()),
+            log_file: Some(b"server.log".to_vec()),
+            ..CriuOpts::default()
+        };
+        let request = CriuReq { keep_open: Some(true), ..task(kind, &opened, opts) };
+        let (_, response) = client.ask(&request);
+        assert!(response.success && response.r#type() == kind, "{response:?}");
+        let server = response.ps.unwrap();
+        live.images_name = if kind == CriuReqType::PageServer { "sent" } else { "sent-to-child" };
+        let dir = images(&live);
+        let opts = CriuOpts {
+            pid: Some(live.root.as_raw()),
+            leave_running: Some(true),
+            ps: Some(CriuPageServerInfo { port: server.port, ..place }),
+            notify_scripts: None,
+            ..CriuOpts::default()
+        };
+        let dumper = Client::of_swrk();
+        let (_, response) = dumper.ask(&task(CriuReqType::Dump, &dir, opts));
+        assert!(response.success, "{response:?}");
+        assert_eq!(dumper.end(), Some(0));
+        if kind == CriuReqType::PageServerChld {
+            let pid = server.pid.map(i32::cast_unsigned);
+            let (_, response) = client.ask(&CriuReq { pid, ..of_type(CriuReqType::WaitPid) });
+            assert!(response.success && response.status == Some(0), "{response:?}");
+        }
+        assert!(received.join("pages-1.img").exists() && received.join("server.log").exists());
+        assert!(!live.images().join("pages-1.img").exists());
+        assert_eq!(client.end(), Some(0));
+    }
+    live.verdict();
 }
 
 #[test]

@@ -19,6 +19,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, engine, wait_for, workload},
+    page_server::{Server, bring},
     require,
     same::assert_same,
     skip,
@@ -34,6 +35,9 @@ use rcriu::{sys::Features, track::Tracker};
 /// What is no option of the engine: do not leave the program running.
 const KILL: &str = "--kill";
 
+/// What the directory of a page server has behind the name of that of the dump.
+const RECEIVED: &str = "-received";
+
 /// A program that goes through its steps, and the dumps of it.
 struct Steps {
     live: Live,
@@ -42,6 +46,8 @@ struct Steps {
     tracker: Tracker,
     /// What dumps are to take the kernel not to have (`RCRIU_WITHOUT`).
     without: &'static str,
+    /// Whether the pages of the chain go to page servers.
+    through_servers: bool,
     _lock: Flock<File>,
 }
 
@@ -84,7 +90,7 @@ impl Steps {
         // run, and it runs for each dump.
         let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
         let live = Live::program("env", &[no_rseq, program, "--steps", name, &path], dir);
-        Self { live, chain: Vec::new(), tracker, without: "", _lock: lock }
+        Self { live, chain: Vec::new(), tracker, without: "", through_servers: false, _lock: lock }
     }
 
     /// Waits for a step; returns whether there is one.
@@ -162,7 +168,23 @@ impl Steps {
             all.extend(["--prev-images-dir", parent]);
         }
         all.extend(options);
-        let said = self.write(command, &name, &all);
+        let said = if self.through_servers {
+            let (received, previous) = (
+                self.live.path(&format!("{name}{RECEIVED}")),
+                parent.clone().map(|of| of + RECEIVED),
+            );
+            let of_server: Vec<&str> =
+                previous.iter().flat_map(|of| ["--prev-images-dir", of]).collect();
+            let server = Server::start(&received, &of_server);
+            let of_dump = server.arguments();
+            all.extend(of_dump.iter().map(String::as_str));
+            let said = self.write(command, &name, &all);
+            server.succeed();
+            bring(&self.live.path(&name), &received);
+            said
+        } else {
+            self.write(command, &name, &all)
+        };
         self.chain.push(name);
         said
     }
@@ -180,26 +202,67 @@ impl Steps {
     }
 
     fn tip(&self) -> PathBuf {
-        self.live.path(self.chain.last().unwrap())
+        let of_server = if self.through_servers { RECEIVED } else { "" };
+        self.live.path(&format!("{}{of_server}", self.chain.last().unwrap()))
     }
 }
 
 /// Takes a program through all of its steps.
 fn go_through(name: &str, tracker: Tracker) {
+    go_through_with(name, tracker, false);
+}
+
+/// Takes a program through all of its steps, and returns how many private and shared pages were left to
+/// parents.
+fn go_through_with(name: &str, tracker: Tracker, through_servers: bool) -> (u64, u64) {
     if !has(tracker) {
         skip(&format!("a kernel with the tracker {}", tracker.name()));
     }
-    let mut steps = Steps::start(name, tracker);
+    let mut steps = Steps { through_servers, ..Steps::start(name, tracker) };
     let mut number = 1;
+    let mut left = (0, 0);
     while steps.await_step(number) {
         if number % 2 == 0 {
             steps.next("pre-dump", &[]);
         }
-        steps.check();
+        let said = steps.check();
+        left.0 += said.count("private", "in parent");
+        left.1 += said.count("shared", "in parent");
         steps.go_on(number);
         number += 1;
     }
     assert!(number > 3, "{name} has only {number} steps");
+    left
+}
+
+/// The dump has no pages of its parents then: what its tracker and its records say decides.
+#[test]
+fn privileged_pages_are_left_to_parents_at_a_page_server() {
+    let private = go_through_with("private_pages", best(), true);
+    let shared = go_through_with("shared_pages", best(), true);
+    if best() == Tracker::Wp {
+        assert!(private.0 > 0 && shared.1 > 0, "{private:?}, {shared:?}");
+    }
+}
+
+#[test]
+fn privileged_no_change_is_lost_at_a_page_server() {
+    common::slow();
+    for name in [
+        "zeroed",
+        "discarded",
+        "moved",
+        "executed",
+        "forks",
+        "private_file",
+        "huge",
+        "random",
+        "shared_in_part",
+        "shared_exchanged",
+        "shared_random",
+    ] {
+        go_through_with(name, best(), true);
+    }
 }
 
 /// One test for each program and tracker.

@@ -104,6 +104,17 @@ pub enum ChainError {
         /// The memory.
         memory: MemoryId,
     },
+    /// The pages of a memory were sent to a page server, and are not here.
+    #[error(
+        "{dir} has no pagemap of {memory}: the dump has sent its pages to a page server\nhelp: copy the \
+         images of this directory into that of the page server", dir = .dir.display()
+    )]
+    PagesElsewhere {
+        /// The image directory.
+        dir: PathBuf,
+        /// The memory.
+        memory: MemoryId,
+    },
     /// A snapshot has too many ancestors.
     #[error("{dir} is the end of a chain of more than {limit} directories", dir = .dir.display())]
     TooDeep {

@@ -405,7 +405,13 @@ pub(super) fn read_layers(
     let dir = || chain.snapshot(id).path().to_owned();
     let end = match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
         Some(End::Failed(error)) if layers.is_empty() => return Err(error),
-        _ if layers.is_empty() => return Err(ChainError::NoMemory { dir: dir(), memory }),
+        _ if layers.is_empty() => {
+            let (kind, number) = memory.sent_pagemap();
+            return Err(match chain.images(id).stat(&kind.file_name(number)) {
+                Ok(_) => ChainError::PagesElsewhere { dir: dir(), memory },
+                Err(_) => ChainError::NoMemory { dir: dir(), memory },
+            });
+        }
         Some(End::Failed(error)) => Err(error),
         Some(End::AsksParent) if layers.len() >= piece::LAYER_LIMIT => {
             Err(ChainError::TooDeep { dir: dir(), limit: piece::LAYER_LIMIT })

@@ -2,6 +2,7 @@
 //!
 //! Each program has a module for its command line; each command has a module of its own.
 
+mod background;
 pub mod check;
 mod check_features;
 mod color;
@@ -16,6 +17,7 @@ mod look;
 mod map;
 pub mod mount;
 mod pack;
+mod page_server;
 pub mod rcriu;
 mod service;
 pub mod show;

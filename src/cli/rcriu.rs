@@ -9,7 +9,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use super::{
-    Common, report, service, show,
+    Common, page_server, report, service, show,
     task::{self, Task, TaskWords},
 };
 use crate::{causes::is_called_criu, sys::heap, track::keeper};
@@ -32,8 +32,8 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-rcriu refuses these commands of CRIU for now: lazy-pages, page-server. Called as criu, it prints
-its version as CRIU does, and reads CRIU's configuration files.";
+rcriu refuses this command of CRIU for now: lazy-pages. Called as criu, it prints its version as
+CRIU does, and reads CRIU's configuration files.";
 
 // Deferred: a command has a hundred options, and most runs need one command.
 #[derive(Debug, Subcommand)]
@@ -80,6 +80,14 @@ enum Command {
     /// compares: the exit status is 1 if this processor lacks what that of the image has.
     #[command(after_help = CPUINFO_EXAMPLE)]
     Cpuinfo(TaskWords),
+    /// Receive the memory of a dump on another machine
+    ///
+    /// Waits for one `rcriu dump --page-server` or `criu dump --page-server`, and writes the
+    /// pages that it sends to the image directory. They appear there when all are on disk. The
+    /// other images stay where the dump runs; copy them into the same directory. The
+    /// connection is not encrypted.
+    #[command(after_help = PAGE_SERVER_EXAMPLE)]
+    PageServer(TaskWords),
     /// Serve clients of CRIU's protocol at a socket
     Service(TaskWords),
     /// Serve the client behind a descriptor, as container runtimes and libcriu start it
@@ -132,6 +140,11 @@ Examples:
   rcriu cpuinfo dump -D images
   rcriu cpuinfo check -D images --cpu-cap=ins";
 
+const PAGE_SERVER_EXAMPLE: &str = "\
+Examples:
+  rcriu page-server -D images --address 10.0.0.2 --port 1234
+  rcriu dump -t 4711 -D images --page-server --address 10.0.0.2 --port 1234";
+
 const DEDUP_EXAMPLE: &str = "\
 Examples:
   rcriu dedup -D chain/3
@@ -175,7 +188,15 @@ impl Rcriu {
             Command::Dedup(args) => task::run(Task::Dedup, &args, given),
             Command::Cpuinfo(args) => task::run(Task::Cpuinfo, &args, given),
             Command::Service(args) => match task::service_options(&args, given) {
-                Ok(options) => service::service(&options, || task::start_service_log(&args, given)),
+                Ok(options) => service::service(&options, || {
+                    task::start_server_log(Task::Service, &args, given)
+                }),
+                Err(code) => code,
+            },
+            Command::PageServer(args) => match task::page_server_options(&args, given) {
+                Ok(options) => page_server::run(&options, || {
+                    task::start_server_log(Task::PageServer, &args, given)
+                }),
                 Err(code) => code,
             },
             Command::Swrk { fd } => service::swrk(fd),

@@ -52,6 +52,17 @@ pub enum DumpError {
         /// The root of the tree.
         pid: HostPid,
     },
+    /// The pages go to a page server, and the directory already has some.
+    #[error(
+        "{dir} holds {name}, and pages of another dump would be taken for those of this one, which go to \
+         the page server\nhelp: use an empty directory, or remove that dump", dir = .dir.display()
+    )]
+    HasPages {
+        /// The directory.
+        dir: PathBuf,
+        /// An image in it.
+        name: String,
+    },
     /// The directory of `--chain` cannot be used.
     #[error("use the directory of dumps {path} (--chain)", path = .path.display())]
     Series {

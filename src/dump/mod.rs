@@ -12,6 +12,7 @@ mod pre_dump;
 mod room;
 mod series;
 mod stats;
+mod target;
 mod tracking;
 mod tree;
 
@@ -38,13 +39,12 @@ use crate::{
     dedup,
     fault::{self, Point},
     image::{
-        Kind, SnapshotWriter,
+        Kind,
         disk::Kernel,
         proto,
         tree::{ArenaIds, Arenas},
     },
     inject::{Frozen, Outcome, living},
-    pages::{self, Memory},
     proc,
     res::{
         file::{DumpOptions, FileTable},
@@ -52,7 +52,7 @@ use crate::{
     },
     step::StepError,
     sys::{
-        cancel, fds,
+        cancel,
         lock::{Access, DirectoryLocks},
         output,
     },
@@ -61,6 +61,7 @@ use crate::{
 use census::Census;
 use series::Series;
 use stats::Stats;
+use target::Target;
 use tracking::Tracking;
 use tree::Collection;
 
@@ -93,6 +94,7 @@ pub fn run(options: &Options) -> Result<()> {
     crate::sys::process::raise_descriptor_limit();
     actions.run(Stage::PreDump, Some(root))?;
     let mut stats = Stats::default();
+    let server = target::connect(store)?;
     let mut frozen = stats.freezing(|| Frozen::freeze(root, *freeze))?;
     stats.frozen();
     let census = Census::take(&frozen.tasks)?;
@@ -103,9 +105,9 @@ pub fn run(options: &Options) -> Result<()> {
     let of_namespaces = (&own_namespaces, namespaces);
     let arenas = check::tree(&frozen.tasks, &pids, goal, (common, of_namespaces))?;
     let network = NetworkLock::take(&actions, root, goal)?;
-    let images = SnapshotWriter::begin(&store.images_dir)?;
+    let mut target = Target::begin(&store.images_dir, server)?;
     if let Some(link) = &link {
-        images.link_parent(link)?;
+        target.images.link_parent(link)?;
     }
     // A pre-dump injects nothing, unless changes are to be tracked.
     if !goal.is_pre_dump() || track.for_next() {
@@ -119,26 +121,26 @@ pub fn run(options: &Options) -> Result<()> {
             let of_tree = (&pids, Arenas::new(arenas));
             let parent = (parent.as_ref(), series.as_ref());
             let options = (common, stats_options);
-            pre_dump::run(options, stopped, of_tree, images, parent, tracking, stats)?;
+            pre_dump::run(options, stopped, of_tree, target, parent, tracking, stats)?;
         }
         Goal::Tree(outcome) => {
             let dumped = dump_stopped(
                 (common, namespaces, files, outcome),
                 &mut frozen,
                 (pids, arenas, own_namespaces),
-                &images,
+                &mut target,
                 parent.as_ref(),
                 tracking,
                 &mut stats,
             );
             let dumped = census.explain(dumped)?;
-            let images = (images, inventory(parent.as_ref(), series.as_ref())?);
+            let target = (target, inventory(parent.as_ref(), series.as_ref())?);
             let stopped = (frozen, network, &census);
-            finish((root, &actions), stopped, images, dumped, outcome, &mut stats)?;
+            finish((root, &actions), stopped, target, dumped, outcome, &mut stats)?;
             stats.finish(stats_options);
         }
     }
-    if store.free_parent && parent.is_some() {
+    if store.free_parent && store.server.is_none() && parent.is_some() {
         free_superseded(&images_dir);
     }
     if let Some(series) = series {
@@ -221,7 +223,7 @@ fn free_superseded(images_dir: &Path) {
 fn finish(
     (root, actions): (HostPid, &Actions<'_>),
     (frozen, network, census): (Frozen, NetworkLock<'_>, &Census),
-    (images, mut inventory): (SnapshotWriter, proto::InventoryEntry),
+    (target, mut inventory): (Target, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
     stats: &mut Stats,
@@ -242,7 +244,7 @@ fn finish(
     let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
     let name = new_name()?;
     files.note(&mut inventory);
-    stats.syncing(|| commit(images, tracking, (&name, inventory), check))?;
+    stats.syncing(|| commit(target, tracking, (&name, inventory), check))?;
     // If a script fails, the tree runs on.
     actions.run(Stage::PostDump, Some(root))?;
     if let Some(frozen) = frozen {
@@ -279,21 +281,13 @@ fn new_name() -> Result<String> {
 /// Syncs the images, makes them a snapshot, and lets tracking start from it. Calls `check`
 /// just before the commit.
 fn commit(
-    images: SnapshotWriter,
+    target: Target,
     tracking: Tracking,
     (name, mut inventory): (&str, proto::InventoryEntry),
     check: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     inventory.dump_criu_run_id = Some(name.as_bytes().to_vec());
-    fault::hit(Point::DumpWritten)?;
-    images.sync(|file| fds::start_writeback(file, 0, 0))?;
-    fault::hit(Point::DumpSynced)?;
-    if cancel::is_cancelled() {
-        return Err(DumpError::Cancelled);
-    }
-    check()?;
-    images.commit(&inventory)?;
-    fault::hit(Point::DumpCommit)?;
+    target.commit(&inventory, check)?;
     tracking.commit(name);
     Ok(())
 }
@@ -307,18 +301,6 @@ fn parent_name(parent: Option<&Parent>) -> Result<Option<Vec<u8>>> {
     Ok(Some(chain::dump_name(&**chain.images(*id))?))
 }
 
-/// Looks up each memory in the parent chain.
-fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> {
-    for memory in memories {
-        if let Some((chain, snapshot)) = parent {
-            memory.parent = pages::parent_memory(chain, *snapshot, memory.id)?;
-        }
-        let index = memory.parent.as_ref().map(|parent| parent.index().as_ref());
-        pages::require_stored(&mut memory.stretches, index);
-    }
-    Ok(())
-}
-
 /// Writes all images except the inventory.
 fn dump_stopped(
     (common, namespaces, files, outcome): (
@@ -329,7 +311,7 @@ fn dump_stopped(
     ),
     frozen: &mut Frozen,
     (pids, arenas, own_namespaces): (PidMap, Vec<ArenaIds>, ns::OfTree),
-    images: &SnapshotWriter,
+    target: &mut Target,
     parent: Option<&Parent>,
     tracking: Tracking,
     stats: &mut Stats,
@@ -350,6 +332,7 @@ fn dump_stopped(
         common::Dumped { tasks: &frozen.tasks, pids: &pids, frozen_cgroups: &frozen_cgroups };
     let common = common::collectors(&of_tree, common)?;
     let of_tree = (pids, arenas, own_namespaces);
+    let Target { images, server } = target;
     let mut collection = Collection::new(images, of_tree, files, tracking, common, &frozen.tasks);
     collection.namespaces(&frozen.tasks, namespaces)?;
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
@@ -362,9 +345,10 @@ fn dump_stopped(
     collection.finish()?;
     fault::hit(Point::DumpFiles)?;
     let mut memories = std::mem::take(&mut collection.memories);
-    find_parents(&mut memories, parent)?;
+    target::find_parents(&mut memories, parent, server.as_ref())?;
     stats.collected();
-    let copied = stats.copying(|| pages::write(&memories, images, outcome != Outcome::Run))?;
+    let early = outcome != Outcome::Run;
+    let copied = stats.copying(|| target::copy(&mut memories, images, server.as_mut(), early))?;
     stats.copied = copied;
     if parent.is_some() {
         stats.untracked = collection.tracking.untracked;

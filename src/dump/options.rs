@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use crate::{
     action, inject,
     inject::Outcome,
+    pages::ServerPlace,
     res::{file, ns, tree},
     step::stats,
     track,
@@ -71,4 +72,6 @@ pub struct Store {
     pub(crate) chain: Option<PathBuf>,
     /// Free the pages in the parent that this dump supersedes (`--auto-dedup`).
     pub(crate) free_parent: bool,
+    /// The page server that takes the pages.
+    pub(crate) server: Option<ServerPlace>,
 }

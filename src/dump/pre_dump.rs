@@ -13,16 +13,22 @@ use std::{
 };
 
 use super::{
-    DumpError, Parent, Result, census::Census, commit, find_parents, series::Series, stats::Stats,
-    tracking::Tracking, tree,
+    DumpError, Parent, Result,
+    census::Census,
+    commit,
+    series::Series,
+    stats::Stats,
+    target::{self, Target},
+    tracking::Tracking,
+    tree,
 };
 use crate::{
     image::{
-        MemoryId, SnapshotWriter, proto,
+        MemoryId, proto,
         tree::{Arena, Arenas},
     },
     inject::{Frozen, Outcome, Task},
-    pages::{self, Memory, Origin, ProcessMemory, scan},
+    pages::{Memory, Origin, ProcessMemory, scan},
     proc,
     res::{
         mm::mapping::{self, Object},
@@ -57,7 +63,7 @@ pub(super) fn run(
     (common_options, stats_options): (&common::DumpOptions, &stats::Options),
     (mut frozen, census): (Frozen, &Census),
     (pids, arenas): (&PidMap, Arenas),
-    images: SnapshotWriter,
+    mut target: Target,
     (parent, series): (Option<&Parent>, Option<&Series>),
     mut tracking: Tracking,
     mut stats: Stats,
@@ -97,15 +103,16 @@ pub(super) fn run(
     census.check_stopped()?;
     census.explain(frozen.release(Outcome::Run).map_err(DumpError::from))?;
     stats.thawed();
-    find_parents(&mut memories, parent)?;
+    target::find_parents(&mut memories, parent, target.server.as_ref())?;
     if parent.is_some() {
         stats.untracked = tracking.untracked;
     }
-    stats.copied = stats.copying(|| pages::write(&memories, &images, true))?;
+    let Target { images, server } = &mut target;
+    stats.copied = stats.copying(|| target::copy(&mut memories, images, server.as_mut(), true))?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent, series)? };
     let name = super::new_name()?;
-    stats.syncing(|| commit(images, tracking, (&name, inventory), || census.check_running()))?;
+    stats.syncing(|| commit(target, tracking, (&name, inventory), || census.check_running()))?;
     stats.finish(stats_options);
     Ok(())
 }

@@ -69,6 +69,7 @@ fn chain_errno(error: &ChainError) -> Errno {
         | ChainError::Link(_)
         | ChainError::Version { .. }
         | ChainError::NoMemory { .. }
+        | ChainError::PagesElsewhere { .. }
         | ChainError::TooDeep { .. }
         | ChainError::Unanswered { .. }
         | ChainError::SharedPages { .. }

@@ -191,6 +191,8 @@ kinds! {
     Apparmor = "APPARMOR": "apparmor", None, ".img", 0x59423047, One("apparmor_entry"), None;
     Pidfd = "PIDFD": "pidfd", None, ".img", 0x54435556, Many("pidfd_entry"), None;
     Punched = "PUNCHED": "punched-", Decimal, ".img", 0x00000000, Raw, None;
+    SentPagemap = "SENT_PAGEMAP": "sent-pagemap-", Decimal, ".img", 0x56084025, Pagemap, None;
+    SentShmemPagemap = "SENT_SHMEM_PAGEMAP": "sent-pagemap-shmem-", Decimal, ".img", 0x56084025, Pagemap, None;
     DeletedMount = "DELETED_MOUNT": "deleted-mount-", Decimal, ".tar.gz.img", 0x00000000, Raw, None;
     Stats = "STATS": "stats-", Word, "", 0x57093306, One("stats_entry"), None;
     IrmapCache = "IRMAP_CACHE": "irmap-cache", None, ".img", 0x57004059, Many("irmap_cache_entry"), None;

@@ -35,6 +35,6 @@ pub use files::{read_files, split_files};
 pub use framing::{ImageReader, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
 pub use remap::Remap;
-pub use store::{Directory, ImageStore, PARENT_LINK, SnapshotWriter, Store};
+pub use store::{Directory, ImageStore, PARENT_LINK, Part, SnapshotWriter, Store, leftover};
 pub use verify::verify;
 pub use writing::ImageWriter;

@@ -35,12 +35,27 @@ pub enum MemoryId {
 }
 
 impl MemoryId {
+    /// Returns the kind and number of the pagemap of this memory.
+    pub fn pagemap(self) -> (Kind, u64) {
+        match self {
+            Self::Private(pid) => (Kind::Pagemap, pid),
+            Self::Shared(shmid) => (Kind::ShmemPagemap, shmid),
+        }
+    }
+
+    /// Returns the kind and number of the image that records which pages of this memory a dump has
+    /// sent to a page server.
+    pub fn sent_pagemap(self) -> (Kind, u64) {
+        match self {
+            Self::Private(pid) => (Kind::SentPagemap, pid),
+            Self::Shared(shmid) => (Kind::SentShmemPagemap, shmid),
+        }
+    }
+
     /// Returns the name of the pagemap of this memory.
     pub fn pagemap_name(self) -> String {
-        match self {
-            Self::Private(pid) => Kind::Pagemap.file_name(pid),
-            Self::Shared(shmid) => Kind::ShmemPagemap.file_name(shmid),
-        }
+        let (kind, number) = self.pagemap();
+        kind.file_name(number)
     }
 
     /// Returns the memory that the pagemap of this name describes.
@@ -123,6 +138,16 @@ impl PagemapEntry {
     /// Returns the page after the last one.
     pub fn end(&self) -> PageIndex {
         PageIndex(self.first.0 + self.pages)
+    }
+
+    /// Appends an entry to this one if both are in the same place. Returns whether it did so.
+    pub fn join(&mut self, next: &Self) -> bool {
+        let joins =
+            self.end() == next.first && (self.presence, self.lazy) == (next.presence, next.lazy);
+        if joins {
+            self.pages += next.pages;
+        }
+        joins
     }
 
     /// Returns how many pages of the pages file beside it belong to the entry.

@@ -64,6 +64,14 @@ pub struct Copied {
     pub shared: Counts,
 }
 
+impl Copied {
+    /// Adds the counts of another copy.
+    pub fn add(&mut self, other: Self) {
+        self.private.add(other.private);
+        self.shared.add(other.shared);
+    }
+}
+
 /// Copies memories, each into its sink.
 ///
 /// # Errors
@@ -301,6 +309,11 @@ impl<'a, S: PageSink> Job<'a, S> {
                 }
             }
         }
+        if S::ENTERED_FIRST
+            && let Some(last) = turn.last.take()
+        {
+            self.sink.enter(&last)?;
+        }
         Ok(begin)
     }
 
@@ -312,14 +325,10 @@ impl<'a, S: PageSink> Job<'a, S> {
         pages: u64,
         presence: Presence,
     ) -> Result<()> {
-        if let Some(last) = &mut turn.last
-            && last.end() == first
-            && last.presence == presence
-        {
-            last.pages += pages;
+        let entry = PagemapEntry { first, pages, presence, lazy: false };
+        if turn.last.as_mut().is_some_and(|last| last.join(&entry)) {
             return Ok(());
         }
-        let entry = PagemapEntry { first, pages, presence, lazy: false };
         turn.last.replace(entry).map_or(Ok(()), |last| self.sink.enter(&last))
     }
 

@@ -56,6 +56,24 @@ pub enum PagesError {
         /// The cause.
         source: io::Error,
     },
+    /// A page server does not do its part.
+    #[error("page server {name}: {step}\nhelp: the log of the page server may tell more")]
+    Server {
+        /// Its address.
+        name: String,
+        /// What failed.
+        step: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The address of a page server is not known.
+    #[error("find the page server {name}")]
+    NoServer {
+        /// The address, as the user gave it.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The parent chain cannot be used.
     #[error(transparent)]
     Chain(#[from] ChainError),

@@ -129,7 +129,7 @@ pub fn parent_memory(
             let bytes = MemoryBytes::new(Arc::clone(chain), index, PageIndex::END.address());
             Ok((!bytes.is_empty()).then_some(bytes))
         }
-        Err(ChainError::NoMemory { .. }) => Ok(None),
+        Err(ChainError::NoMemory { .. } | ChainError::PagesElsewhere { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -10,6 +10,7 @@ mod copy;
 mod error;
 mod memory;
 mod process;
+mod remote;
 pub mod scan;
 mod sink;
 mod source;
@@ -20,9 +21,10 @@ pub use copy::{Copied, Counts, copy};
 pub use error::{PagesError, Result};
 pub use memory::{Memory, Origin, parent_memory};
 pub use process::ProcessMemory;
+pub use remote::{PageServer, ServerPlace};
 pub use sink::{FileSink, PageSink};
 pub use source::{Chunk, Chunks};
-pub use stretch::{Stretch, marked, require_stored};
+pub use stretch::{Stretch, marked, require_held, require_stored};
 
 use crate::image::SnapshotWriter;
 

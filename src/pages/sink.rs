@@ -26,12 +26,15 @@ const EARLY_BYTES: u64 = 32 << 20;
 /// Stored pages are numbered from 0, in the order in which they are entered. Several threads use a
 /// sink at the same time.
 pub trait PageSink: Sync + Sized {
+    /// Whether pages are entered before they are stored.
+    const ENTERED_FIRST: bool = false;
+
     /// Records where pages are: stored in this snapshot, or in the parent. Entries come one at
     /// a time, in ascending order.
     fn enter(&self, entry: &PagemapEntry) -> Result<()>;
 
     /// Stores the bytes of consecutive stored pages, the first of which has the number `first`.
-    /// Calls come in any order, before or after the pages are entered.
+    /// Calls come in any order, before or after the pages are entered; see [`Self::ENTERED_FIRST`].
     fn store(&self, first: u64, pages: Vec<IoSlice<'_>>) -> Result<()>;
 
     /// Completes the memory, after all pages were entered and stored.
@@ -58,10 +61,7 @@ impl FileSink {
         pages_id: u32,
         early: bool,
     ) -> Result<Self> {
-        let (kind, number) = match memory {
-            MemoryId::Private(pid) => (Kind::Pagemap, pid),
-            MemoryId::Shared(shmid) => (Kind::ShmemPagemap, shmid),
-        };
+        let (kind, number) = memory.pagemap();
         let pagemap = PagemapWriter::new(images.create(kind, number)?, pages_id)?;
         Ok(Self {
             pagemap: Mutex::new(pagemap),

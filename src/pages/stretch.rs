@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::Result;
 use crate::{
     chain::{Index, Place},
-    units::{PageIndex, page_bytes},
+    units::{PageIndex, PageRanges, page_bytes},
 };
 
 /// Consecutive pages that may have contents.
@@ -100,6 +100,20 @@ pub fn require_stored(stretches: &mut Vec<Stretch>, parent: Option<&Index>) {
             Some(parent) if stretch.unwritten => split(stretch, parent, &mut result),
             _ => result.push(Stretch { unwritten: false, ..stretch }),
         }
+    }
+    *stretches = result;
+}
+
+/// Clears `unwritten` for pages that are not in `held`, which a page server has.
+pub fn require_held(stretches: &mut Vec<Stretch>, held: &PageRanges) {
+    let mut result = Vec::with_capacity(stretches.len());
+    for stretch in stretches.drain(..) {
+        result.extend(held.split(stretch.range()).map(|(pages, is_held)| Stretch {
+            first: PageIndex(pages.start),
+            pages: pages.end - pages.start,
+            unwritten: stretch.unwritten && is_held,
+            ..stretch
+        }));
     }
     *stretches = result;
 }

@@ -107,6 +107,23 @@ fn close_ranges(ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>) 
     Ok(())
 }
 
+/// Gives this process a session of its own, and `/dev/null` as its standard streams.
+///
+/// # Errors
+/// `EPERM` for the leader of a process group.
+pub fn leave_caller() -> io::Result<()> {
+    setsid()?;
+    drop_streams()
+}
+
+fn drop_streams() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
+    Ok(())
+}
+
 impl Foreground {
     /// Waits until the child is ready or has exited.
     pub fn wait(mut self) -> io::Result<Start> {
@@ -128,10 +145,7 @@ impl Foreground {
 impl Background {
     /// Replaces the caller's standard streams by `/dev/null`, and lets the caller return.
     pub fn ready(mut self) -> io::Result<()> {
-        let null = File::options().read(true).write(true).open("/dev/null")?;
-        dup2_stdin(&null)?;
-        dup2_stdout(&null)?;
-        dup2_stderr(&null)?;
+        drop_streams()?;
         // If the parent was killed, no process waits for this byte.
         let _ = self.pipe.write_all(&[READY]);
         Ok(())

@@ -260,20 +260,20 @@ pub fn split() -> io::Result<Side> {
 }
 
 /// Runs `work` in a child, and has it exit with the code that `work` returns. Does not wait for it, but
-/// reaps children of before.
+/// reaps children of before. Returns its pid.
 ///
 /// Call it while the program has one thread.
 ///
 /// # Errors
 /// `EBUSY` if there is another thread; `EAGAIN`.
-pub fn apart(work: impl FnOnce() -> u8) -> io::Result<()> {
+pub fn apart(work: impl FnOnce() -> u8) -> io::Result<Pid> {
     let has_reaped = || {
         let reaped = waitpid(None, Some(WaitPidFlag::WNOHANG));
         reaped.is_ok_and(|status| status != WaitStatus::StillAlive)
     };
     while has_reaped() {}
     match fork_alone()? {
-        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Parent { child } => Ok(child),
         ForkResult::Child => process::exit(i32::from(work())),
     }
 }

@@ -9,6 +9,7 @@ pub mod loops;
 pub mod machines;
 pub mod mounted;
 pub mod net;
+pub mod page_server;
 pub mod peak;
 pub mod recorder;
 pub mod same;

@@ -1,7 +1,11 @@
 //! Answers the requests of a client.
 
-use std::sync::Arc;
+use std::{
+    io::{self, Read, Write},
+    sync::Arc,
+};
 
+use anyhow::Context;
 use nix::{
     errno::Errno,
     sys::wait::{WaitStatus, waitpid},
@@ -17,12 +21,14 @@ use crate::{
         task::{self, Requested, Task},
     },
     dump::DumpError,
+    page_server::PageServer,
     proto::rpc::{
-        CriuDumpResp, CriuFeatures, CriuReq, CriuReqType, CriuResp, CriuRestoreResp, CriuVersion,
+        CriuDumpResp, CriuFeatures, CriuPageServerInfo, CriuReq, CriuReqType, CriuResp,
+        CriuRestoreResp, CriuVersion,
     },
     res::file::TakeMaster,
     restore::RestoreError,
-    sys::Features,
+    sys::{Features, daemon, supervise},
     units::HostPid,
 };
 
@@ -35,6 +41,9 @@ const VERSION: CriuVersion = CriuVersion {
     extra: None,
     name: None,
 };
+
+/// What a page server says first when it is ready; the port follows. No message begins with it.
+const STARTED: u8 = 0;
 
 /// Answers one client.
 #[derive(Debug)]
@@ -126,11 +135,8 @@ impl Answerer {
                 Ok(self.task(kind, Task::Cpuinfo, request))
             }
             CriuReqType::PageServer | CriuReqType::PageServerChld => {
-                anyhow::bail!(
-                    "the request {} is not supported yet\nhelp: write the images to a local directory, \
-                     and copy them",
-                    kind.as_str_name()
-                )
+                let ps = Some(self.page_server(kind, request)?);
+                yes(CriuResp { ps, ..CriuResp::default() })
             }
             CriuReqType::Notify | CriuReqType::Empty => {
                 anyhow::bail!(
@@ -182,6 +188,62 @@ impl Answerer {
         let taker = takes.then(|| Arc::clone(&self.channel) as Arc<dyn TakeMaster>);
         let requested = Requested { options, config, operands, log, client, taker, own_end };
         task::run_for_client(task, requested, &mut reply)
+    }
+
+    /// Starts a page server, and returns its pid and port. That of [`CriuReqType::PageServerChld`] stays a
+    /// child, for which the client can wait.
+    fn page_server(
+        &self,
+        kind: CriuReqType,
+        request: &CriuReq,
+    ) -> anyhow::Result<CriuPageServerInfo> {
+        let opts = request.opts.clone().unwrap_or_default();
+        let log = request::log_of(&opts, self.channel.peer);
+        let words = request::words(kind, Task::PageServer, &opts, self.channel.peer)?;
+        let request::Words { options, config, operands } = words;
+        let requested =
+            Requested { options, config, operands, log, client: None, taker: None, own_end: None };
+        let (mut reader, mut writer) = io::pipe().context("make a pipe")?;
+        let pid = supervise::apart(|| {
+            let started = task::page_server_for_client(requested).and_then(|options| {
+                let server = PageServer::start(&options)?;
+                if kind == CriuReqType::PageServer {
+                    daemon::leave_caller().context("go to the background")?;
+                }
+                Ok(server)
+            });
+            let said = match &started {
+                Ok(server) => {
+                    let port = server.address().map_or(0, |address| address.port());
+                    writer.write_all(&[&[STARTED], &port.to_le_bytes()[..]].concat())
+                }
+                Err(error) => writer.write_all(with_sources(error.as_ref()).as_bytes()),
+            };
+            drop(writer);
+            let served = started.and_then(|server| {
+                said.context("tell the client the port")?;
+                Ok(server.serve()?)
+            });
+            match served {
+                Ok(()) => exit::OK,
+                Err(error) => {
+                    report(&error);
+                    exit::FAILED
+                }
+            }
+        })
+        .context("start a process for the page server")?;
+        let mut said = Vec::new();
+        reader.read_to_end(&mut said).context("wait for the page server")?;
+        match *said {
+            [STARTED, low, high] => Ok(CriuPageServerInfo {
+                pid: Some(pid.as_raw()),
+                port: Some(u16::from_le_bytes([low, high]).into()),
+                ..CriuPageServerInfo::default()
+            }),
+            [] => anyhow::bail!("the page server has ended before it was ready"),
+            _ => anyhow::bail!(String::from_utf8_lossy(&said).into_owned()),
+        }
     }
 
     fn reply(&self, response: CriuResp) {

@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    io::Write,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
@@ -23,13 +22,12 @@ use nix::{
 
 use super::{answer::Answerer, channel::Channel};
 use crate::{
-    cli::{exit, report, task::ServiceOptions},
-    sys::{
-        daemon::{self, Detached, Start},
-        fds,
-        output::{self, Existing},
-        supervise,
+    cli::{
+        background::{self, Begun, take, write_pidfile},
+        exit, report,
+        task::ServiceOptions,
     },
+    sys::supervise,
 };
 
 /// Where the service is, as with CRIU.
@@ -54,51 +52,23 @@ fn start(
     args: &ServiceOptions,
     start_log: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<u8> {
-    if let Some(fd) = args.status_fd {
-        fds::duplicate(fd).with_context(|| format!("use descriptor {fd} (--status-fd)"))?;
-    }
-    let here = std::env::current_dir().context("find the current directory")?;
-    let background = if args.daemon {
-        match daemon::detach().context("go to the background")? {
-            Detached::Foreground(foreground) => {
-                return Ok(match foreground.wait().context("wait for the service")? {
-                    Start::Ready => {
-                        tell(args.status_fd);
-                        exit::OK
-                    }
-                    Start::Exited(code) => u8::try_from(code).unwrap_or(exit::FAILED),
-                    Start::Killed(signal) => bail!("the service was killed by {signal}"),
-                });
-            }
-            Detached::Background(background) => Some(background),
-        }
-    } else {
-        None
+    let starting = match background::begin(args.daemon, args.status_fd, "the service")? {
+        Begun::Caller(code) => return Ok(code),
+        Begun::Server(starting) => starting,
     };
-    let enter = |dir: &Path| {
-        nix::unistd::chdir(dir).with_context(|| format!("enter the directory {}", dir.display()))
-    };
-    enter(&here)?;
     start_log()?;
-    enter(&args.work_dir)?;
+    nix::unistd::chdir(&args.work_dir)
+        .with_context(|| format!("enter the directory {}", args.work_dir.display()))?;
     let address = args.address.as_deref().unwrap_or(Path::new(ADDRESS));
     let listener = open(address)?;
-    if let Some(path) = &args.pidfile {
-        let mut file = output::create(path, Existing::Replaced)
-            .with_context(|| format!("create the pid file {}", path.display()))?;
-        write!(file, "{}", std::process::id())
-            .with_context(|| format!("write the pid file {}", path.display()))?;
-    }
+    write_pidfile(args.pidfile.as_deref())?;
     log::info!("waiting for clients at {}", address.display());
-    match background {
-        Some(background) => background.ready().context("go to the background")?,
-        None => tell(args.status_fd),
-    }
+    starting.ready()?;
     loop {
         match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
             Ok(fd) => {
                 // Other clients are served meanwhile, and also if this one cannot be.
-                let served = super::take(fd).and_then(serve);
+                let served = take(fd).and_then(serve);
                 if let Err(error) = served {
                     report(&error);
                 }
@@ -106,14 +76,6 @@ fn start(
             Err(Errno::EINTR | Errno::ECONNABORTED) => {}
             Err(errno) => return Err(anyhow::Error::new(errno).context("wait for clients")),
         }
-    }
-}
-
-/// Tells the caller that the service waits for clients, and that nothing else comes.
-fn tell(fd: Option<i32>) {
-    if let Some(Ok(status)) = fd.map(super::take) {
-        // The caller may have closed its end: the service goes on.
-        let _ = nix::unistd::write(&status, &[0]);
     }
 }
 
@@ -156,6 +118,7 @@ fn serve(client: OwnedFd) -> anyhow::Result<()> {
         })
     })
     .context("start a process for a client")
+    .map(drop)
 }
 
 /// Gives up the privileges that the client does not have.

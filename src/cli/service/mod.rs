@@ -9,13 +9,13 @@ mod channel;
 mod daemon;
 mod request;
 
-use std::{os::fd::OwnedFd, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Context;
 
 pub(super) use self::daemon::service;
 use self::{answer::Answerer, channel::Channel};
-use super::{exit, report};
+use super::{background::take, exit, report};
 
 /// Answers the client behind a descriptor that this program has inherited.
 pub(super) fn swrk(fd: i32) -> ExitCode {
@@ -27,11 +27,4 @@ pub(super) fn swrk(fd: i32) -> ExitCode {
             ExitCode::from(exit::AS_CRIU_FAILS)
         }
     }
-}
-
-/// Takes over a descriptor, under a number that programs do not inherit.
-fn take(fd: i32) -> anyhow::Result<OwnedFd> {
-    let taken = crate::sys::fds::duplicate(fd)?;
-    nix::unistd::close(fd)?;
-    Ok(taken)
 }

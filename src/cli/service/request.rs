@@ -105,7 +105,7 @@ pub(super) fn words(
     files(opts, &mut words);
     cgroups(opts, &mut words);
     namespaces(opts, &mut words)?;
-    server(opts, &mut words);
+    server(task, opts, &mut words);
     Ok(words)
 }
 
@@ -262,13 +262,15 @@ fn namespaces(opts: &CriuOpts, words: &mut Words) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn server(opts: &CriuOpts, words: &mut Words) {
+fn server(task: Task, opts: &CriuOpts, words: &mut Words) {
     words.flag("lazy-pages", opts.lazy_pages);
     words.number("status-fd", opts.status_fd);
     if let Some(server) = &opts.ps {
-        words.options.push(("page-server", None));
+        if task != Task::PageServer {
+            words.options.push(("page-server", None));
+        }
         words.bytes("address", server.address.as_ref());
-        words.number("port", server.port);
+        words.number("port", server.port.filter(|port| *port != 0));
         words.number("ps-socket", server.fd);
     }
     words.flag("tls", opts.tls);

@@ -20,6 +20,8 @@ use crate::{
     cli::dedup::Work,
     dedup, dump,
     inject::{FreezeOptions, Outcome},
+    page_server,
+    pages::ServerPlace,
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
@@ -71,6 +73,15 @@ pub(super) enum UsageError {
     PropertiesFile { path: PathBuf, problem: String },
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
+    #[error("no page server given\nhelp: use --address ADDRESS and --port PORT, or --ps-socket FD")]
+    NoServer,
+    #[error(
+        "--chain cannot be used with --page-server, which has the parent\nhelp: use --prev-images-dir here \
+         and there"
+    )]
+    ChainAtServer,
+    #[error("--ps-socket cannot be used with --daemon, which closes the socket")]
+    SocketDetached,
 }
 
 /// The level of messages: 0 for none, 1 for errors, 2 for warnings, and so on.
@@ -125,6 +136,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             parent: args.images.prev_images_dir.clone(),
             chain: args.images.chain.clone(),
             free_parent: args.memory.auto_dedup.is_some(),
+            server: server(args)?,
         },
         freeze: FreezeOptions::new(args.tree.timeout),
         common: tree::DumpOptions {
@@ -146,6 +158,41 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         track: track(args),
         actions: actions(args),
         stats: stats(args),
+    })
+}
+
+/// Returns where the page server is, if the user wants one.
+fn server(args: &TaskArgs) -> Result<Option<ServerPlace>, UsageError> {
+    let server = &args.server;
+    if !server.page_server {
+        return Ok(None);
+    }
+    if args.images.chain.is_some() {
+        return Err(UsageError::ChainAtServer);
+    }
+    match (server.ps_socket, &server.address, server.port) {
+        (Some(fd), _, _) => Ok(Some(ServerPlace::Socket(fd))),
+        (None, Some(address), Some(port)) => Ok(Some(ServerPlace::Address(address.clone(), port))),
+        _ => Err(UsageError::NoServer),
+    }
+}
+
+/// Returns the options of a page server.
+pub(super) fn page_server_options(args: &TaskArgs) -> Result<page_server::Options, UsageError> {
+    check_operands(args, false)?;
+    let server = &args.server;
+    let client = match server.ps_socket {
+        Some(_) if args.tree.restore_detached => return Err(UsageError::SocketDetached),
+        Some(fd) => page_server::Place::Socket(fd),
+        None => {
+            let address = server.address.as_deref().unwrap_or(page_server::EVERYWHERE);
+            page_server::Place::Address(address.to_owned(), server.port.unwrap_or(0))
+        }
+    };
+    Ok(page_server::Options {
+        images_dir: args.images.images_dir.clone(),
+        parent: args.images.prev_images_dir.clone(),
+        client,
     })
 }
 

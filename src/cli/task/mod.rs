@@ -19,8 +19,8 @@ pub(super) use self::{
     arrange::Given,
     options::size_bytes,
     run::{
-        Requested, ServiceOptions, refuse_client, run, run_for_client, service_options,
-        start_service_log,
+        PageServerOptions, Requested, ServiceOptions, page_server_for_client, page_server_options,
+        refuse_client, run, run_for_client, service_options, start_server_log,
     },
 };
 use self::{
@@ -44,10 +44,11 @@ pub(super) enum Task {
     Dedup,
     Cpuinfo,
     Service,
+    PageServer,
 }
 
 impl Task {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Dump,
         Self::PreDump,
         Self::Restore,
@@ -55,6 +56,7 @@ impl Task {
         Self::Dedup,
         Self::Cpuinfo,
         Self::Service,
+        Self::PageServer,
     ];
 
     const fn name(self) -> &'static str {
@@ -66,6 +68,7 @@ impl Task {
             Self::Dedup => "dedup",
             Self::Cpuinfo => "cpuinfo",
             Self::Service => "service",
+            Self::PageServer => "page-server",
         }
     }
 
@@ -82,6 +85,7 @@ impl Task {
             Self::Dedup => table::DEDUP,
             Self::Cpuinfo => table::CPUINFO,
             Self::Service => table::SERVICE,
+            Self::PageServer => table::PAGE_SERVER,
         }
     }
 }
@@ -240,7 +244,9 @@ fn tidied(arg: Arg, task: Option<Task>) -> Arg {
             Task::Restore => arg,
             Task::Dedup => arg.value_name("DIR").help("Full dumps to link, the oldest first"),
             Task::Cpuinfo => arg.value_name("ACTION").help("dump or check"),
-            Task::Dump | Task::PreDump | Task::Check | Task::Service => arg.hide(true),
+            Task::Dump | Task::PreDump | Task::Check | Task::Service | Task::PageServer => {
+                arg.hide(true)
+            }
         };
     };
     let Some(row) = table::row(name, task.as_set()) else {

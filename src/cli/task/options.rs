@@ -312,10 +312,10 @@ pub(super) struct ServerArgs {
     /// Send memory to a page server
     #[arg(long)]
     pub page_server: bool,
-    /// Address of the page server, or path of the service's socket
+    /// Address of the page server (to listen on: any), or path of the service's socket
     #[arg(long, value_name = "ADDRESS")]
     pub address: Option<String>,
-    /// Port of the page server
+    /// Port of the page server (to listen on: any free one)
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
     /// Descriptor of a connected socket to the page server

@@ -30,6 +30,7 @@ use crate::{
     dump, fault,
     image::{Directory, ImageWriter, Kind},
     inject::{self, Repair},
+    page_server,
     res::{file, tree::processor},
     restore,
     sys::{
@@ -314,7 +315,7 @@ impl Work {
                 let dir = args.images.images_dir.clone();
                 convert::cpuinfo_work(args).map(|work| Self::Cpuinfo(work, dir))
             }
-            Task::Check | Task::Dedup | Task::Service => return None,
+            Task::Check | Task::Dedup | Task::Service | Task::PageServer => return None,
         })
     }
 
@@ -435,9 +436,59 @@ pub(in crate::cli) fn service_options(
     })
 }
 
-/// Starts the log of the service.
-pub(in crate::cli) fn start_service_log(args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
-    start_log(Task::Service, args, given, Style::Own)
+/// The options of the command `page-server`.
+#[derive(Clone, Debug)]
+pub(in crate::cli) struct PageServerOptions {
+    /// Those of the server itself.
+    pub server: page_server::Options,
+    /// The file for its pid.
+    pub pidfile: Option<PathBuf>,
+    /// Whether it runs in the background.
+    pub daemon: bool,
+    /// The descriptor that is told when it waits for the client.
+    pub status_fd: Option<i32>,
+}
+
+/// Returns the options of the command `page-server`.
+///
+/// # Errors
+/// The exit code, if the command line is wrong.
+pub(in crate::cli) fn page_server_options(
+    args: &TaskArgs,
+    given: &[Given],
+) -> Result<PageServerOptions, ExitCode> {
+    if let Some(refusal) = refusal(Task::PageServer, given) {
+        report(&anyhow::Error::msg(refusal));
+        return Err(ExitCode::from(exit::FAILED));
+    }
+    let server = convert::page_server_options(args).map_err(|error| usage(error.into()))?;
+    close(args);
+    let pidfile = args.tree.pidfile.as_ref();
+    Ok(PageServerOptions {
+        server,
+        pidfile: pidfile.map(|file| convert::work_dir(&args.images).join(file)),
+        daemon: args.tree.restore_detached,
+        status_fd: args.server.status_fd,
+    })
+}
+
+/// Returns the options of a page server that a client of the service asks for, and starts its log.
+pub(in crate::cli) fn page_server_for_client(
+    requested: Requested,
+) -> anyhow::Result<page_server::Options> {
+    let (args, given) = prepare_request(Task::PageServer, requested)?;
+    let options = convert::page_server_options(&args)?;
+    start_log(Task::PageServer, &args, &given, Style::Criu)?;
+    Ok(options)
+}
+
+/// Starts the log of a server.
+pub(in crate::cli) fn start_server_log(
+    task: Task,
+    args: &TaskArgs,
+    given: &[Given],
+) -> anyhow::Result<()> {
+    start_log(task, args, given, Style::Own)
 }
 
 fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {

@@ -2,7 +2,7 @@
 
 /// A set of commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Commands(u8);
+pub(super) struct Commands(u16);
 
 /// `dump`
 pub(super) const DUMP: Commands = Commands(1);
@@ -19,9 +19,12 @@ pub(super) const CPUINFO: Commands = Commands(32);
 /// `service`
 pub(super) const SERVICE: Commands = Commands(64);
 
+/// `page-server`
+pub(super) const PAGE_SERVER: Commands = Commands(128);
+
 const DUMPS: Commands = DUMP.or(PRE_DUMP);
 const BOTH: Commands = DUMPS.or(RESTORE);
-const ALL: Commands = BOTH.or(CHECK).or(DEDUP).or(CPUINFO).or(SERVICE);
+const ALL: Commands = BOTH.or(CHECK).or(DEDUP).or(CPUINFO).or(SERVICE).or(PAGE_SERVER);
 
 impl Commands {
     const fn or(self, other: Self) -> Self {
@@ -65,8 +68,9 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
 use State::{Built, Harmless, Refused};
 
 const NO_FILES: &str = "a pre-dump writes only memory";
-const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
-const TLS: &str = "copy the images over ssh: there is no page server";
+const NOT_LAZY: &str = "restore from a directory that has all pages";
+const AFTERWARDS: &str = "rcriu dedup frees superseded pages when all images are in one place";
+const TLS: &str = "use the page server through a tunnel of ssh or WireGuard";
 
 /// Every option except `help` and `version`.
 pub(super) const ROWS: &[Row] = &[
@@ -75,18 +79,18 @@ pub(super) const ROWS: &[Row] = &[
     built("leave-running", DUMP),
     harmless("leave-running", PRE_DUMP, "the tree always runs on after a pre-dump"),
     built("leave-stopped", DUMP.or(RESTORE)),
-    built("restore-detached", RESTORE.or(SERVICE)),
+    built("restore-detached", RESTORE.or(SERVICE).or(PAGE_SERVER)),
     built("restore-sibling", RESTORE),
     built("shell-job", BOTH),
     built("exec-cmd", RESTORE),
-    built("pidfile", RESTORE.or(SERVICE)),
+    built("pidfile", RESTORE.or(SERVICE).or(PAGE_SERVER)),
     built("timeout", DUMPS),
     built("root", RESTORE),
     harmless("root", DUMPS, "a dump finds the root mount by itself"),
     built("action-script", BOTH),
     // Images
     built("images-dir", ALL),
-    built("prev-images-dir", DUMPS),
+    built("prev-images-dir", DUMPS.or(PAGE_SERVER)),
     built("chain", DUMPS),
     built("work-dir", ALL),
     refused("stream", BOTH, "dump into a directory, on tmpfs to spare the disk"),
@@ -94,8 +98,9 @@ pub(super) const ROWS: &[Row] = &[
     built("track-mem", BOTH),
     built("tracker", BOTH),
     built("auto-dedup", BOTH),
+    refused("auto-dedup", PAGE_SERVER, AFTERWARDS),
     harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
-    refused("lazy-pages", BOTH, "restore without it: there is no page server"),
+    refused("lazy-pages", BOTH.or(PAGE_SERVER), "restore without it"),
     // Files
     built("file-locks", DUMP),
     harmless("file-locks", RESTORE, "a restore always takes the locks that are in the images"),
@@ -174,19 +179,21 @@ pub(super) const ROWS: &[Row] = &[
     built("veth-pair", RESTORE),
     harmless("weak-sysctls", RESTORE, "sysctls are not restored"),
     // Page server
-    refused("page-server", DUMPS, PAGE_SERVER),
-    refused("address", BOTH, PAGE_SERVER),
-    built("address", SERVICE),
-    refused("port", BOTH, PAGE_SERVER),
-    refused("ps-socket", BOTH, PAGE_SERVER),
+    built("page-server", DUMPS),
+    built("address", DUMPS.or(SERVICE).or(PAGE_SERVER)),
+    refused("address", RESTORE, NOT_LAZY),
+    built("port", DUMPS.or(PAGE_SERVER)),
+    refused("port", RESTORE, NOT_LAZY),
+    built("ps-socket", DUMPS.or(PAGE_SERVER)),
+    refused("ps-socket", RESTORE, NOT_LAZY),
     refused("status-fd", BOTH, "wait for the exit code"),
-    built("status-fd", SERVICE),
-    refused("tls", BOTH, TLS),
-    refused("tls-cacert", BOTH, TLS),
-    refused("tls-cacrl", BOTH, TLS),
-    refused("tls-cert", BOTH, TLS),
-    refused("tls-key", BOTH, TLS),
-    refused("tls-no-cn-verify", BOTH, TLS),
+    built("status-fd", SERVICE.or(PAGE_SERVER)),
+    refused("tls", BOTH.or(PAGE_SERVER), TLS),
+    refused("tls-cacert", BOTH.or(PAGE_SERVER), TLS),
+    refused("tls-cacrl", BOTH.or(PAGE_SERVER), TLS),
+    refused("tls-cert", BOTH.or(PAGE_SERVER), TLS),
+    refused("tls-key", BOTH.or(PAGE_SERVER), TLS),
+    refused("tls-no-cn-verify", BOTH.or(PAGE_SERVER), TLS),
     // Check
     built("extra", CHECK),
     built("experimental", CHECK),
@@ -231,8 +238,4 @@ pub(super) const EXEC: &str = "exec";
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     (EXEC, "deprecated\nhelp: compel, a part of CRIU, has taken its place"),
     ("lazy-pages", "not supported yet\nhelp: restore without --lazy-pages"),
-    (
-        "page-server",
-        "not supported yet\nhelp: write the images to a local directory, and copy them",
-    ),
 ];

@@ -9,6 +9,8 @@ use crate::{
     action,
     dump::{self, Goal},
     inject::{FreezeOptions, Outcome},
+    page_server,
+    pages::ServerPlace,
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
@@ -162,6 +164,7 @@ fn default_dump() -> dump::Options {
             parent: None,
             chain: None,
             free_parent: false,
+            server: None,
         },
         freeze: FreezeOptions::new(10),
         common: tree::DumpOptions {
@@ -264,6 +267,13 @@ fn lines_of_dump_become_options() {
                 dump.store.free_parent = true;
             },
         ),
+        ("dump -t 7 --page-server --address host --port 9", |dump| {
+            dump.store.server = Some(ServerPlace::Address("host".to_owned(), 9));
+        }),
+        ("dump -t 7 --page-server --ps-socket 5 --address host", |dump| {
+            dump.store.server = Some(ServerPlace::Socket(5));
+        }),
+        ("dump -t 7 --address host --port 9", |_| {}),
         ("dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]", |dump| {
             dump.files.unix = UnixOptions::new(true);
             let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
@@ -403,7 +413,8 @@ fn what_is_not_built_is_refused_by_name() {
     };
     for (task, line, expected) in [
         (Task::Restore, "--lazy-pages", Some("--lazy-pages")),
-        (Task::Dump, "-t 7 --page-server", Some("--page-server")),
+        (Task::Dump, "-t 7 --page-server --tls", Some("--tls")),
+        (Task::PageServer, "--auto-dedup", Some("--auto-dedup")),
         (Task::Dump, "-t 7 --manage-cgroups", None),
         (Task::Dump, "-t 7 --cgroup-yard=y", None),
         (Task::Dump, "-t 7 --manage-cgroups=ignore", None),
@@ -472,5 +483,31 @@ fn lines_of_other_commands_are_left_alone() {
         let words: Vec<OsString> =
             ["rcriu"].into_iter().chain(line.split_whitespace()).map(OsString::from).collect();
         assert_eq!(prepare(words.clone()).unwrap().words, words, "{line}");
+    }
+}
+
+#[test]
+fn page_servers_listen_as_they_are_told() {
+    let options = |line: &str| convert::page_server_options(&args(line));
+    let of = |client| page_server::Options { images_dir: "d".into(), parent: None, client };
+    for (line, expected) in [
+        ("page-server -D d", page_server::Place::Address("0.0.0.0".to_owned(), 0)),
+        (
+            "page-server -D d --address ::1 --port 9",
+            page_server::Place::Address("::1".to_owned(), 9),
+        ),
+        ("page-server -D d --ps-socket 5 --port 9", page_server::Place::Socket(5)),
+    ] {
+        assert_eq!(options(line), Ok(of(expected)), "{line}");
+    }
+    assert_eq!(options("page-server -d --ps-socket 5"), Err(convert::UsageError::SocketDetached));
+    for (line, expected) in [
+        ("dump -t 7 --page-server --address a", convert::UsageError::NoServer),
+        (
+            "dump -t 7 --page-server --address a --port 1 --chain c",
+            convert::UsageError::ChainAtServer,
+        ),
+    ] {
+        assert_eq!(convert::dump_options(&args(line), false), Err(expected), "{line}");
     }
 }

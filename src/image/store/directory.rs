@@ -48,6 +48,15 @@ impl Directory {
         Arc::new(self)
     }
 
+    /// Returns the directory to which the parent link leads, also one without an inventory: a page
+    /// server has only pages.
+    ///
+    /// # Errors
+    /// [`BrokenLink`] if there is no directory.
+    pub fn parent_of_pages(&self) -> Result<Option<Self>, BrokenLink> {
+        Ok(linked_dir(&self.path)?.map(|(path, _)| Self { path }))
+    }
+
     /// Determines what the directory holds.
     pub fn probe(&self) -> Probe {
         if has_inventory(&self.path) {
@@ -253,13 +262,22 @@ pub(crate) fn directories(root: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(dirs)
 }
 
-/// Returns the directory that the parent link of `dir` leads to, if there is a link.
+fn broken(target: &Path, problem: &str) -> BrokenLink {
+    BrokenLink { target: target.to_owned(), problem: problem.to_owned() }
+}
+
+/// Returns the image directory that the parent link of `dir` leads to, if there is a link.
 fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
+    match linked_dir(dir)? {
+        None => Ok(None),
+        Some((parent, _)) if has_inventory(&parent) => Ok(Some(parent)),
+        Some((_, target)) => Err(broken(&target, NO_INVENTORY)),
+    }
+}
+
+/// Returns the directory that the parent link of `dir` leads to, if there is a link, and the link.
+fn linked_dir(dir: &Path) -> Result<Option<(PathBuf, PathBuf)>, BrokenLink> {
     let link = dir.join(PARENT_LINK);
-    let broken = |target: &Path, problem: &str| BrokenLink {
-        target: target.to_owned(),
-        problem: problem.to_owned(),
-    };
     let target = match fs::read_link(&link) {
         Ok(target) => target,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -272,8 +290,7 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
     let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
     let beside = sibling(dir, &target).filter(is_directory);
     match beside.map_or_else(|| link.canonicalize(), Ok) {
-        Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
-        Ok(parent) if parent.is_dir() => Err(broken(&target, NO_INVENTORY)),
+        Ok(parent) if parent.is_dir() => Ok(Some((parent, target))),
         Ok(_) => Err(broken(&target, "that is not a directory")),
         Err(error) => Err(broken(&target, &error.to_string())),
     }

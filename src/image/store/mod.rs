@@ -32,7 +32,7 @@ pub use archive::{
 pub use beside::Beside;
 pub use directory::{Directory, Probe};
 pub(crate) use directory::{directories, has_inventory};
-pub use snapshot::{DirectoryWriter, PARENT_LINK};
+pub use snapshot::{DirectoryWriter, PARENT_LINK, Part, leftover};
 pub use stat::Stat;
 pub use writer::{Output, SnapshotWriter, StoreWriter, StoredOutput};
 

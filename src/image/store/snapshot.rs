@@ -24,12 +24,15 @@ use nix::{
 
 use super::writer::{Output, StoreWriter};
 use crate::{
-    image::{ImageError, Kind, Result, desc, regular},
+    image::{ImageError, Kind, MemoryId, Result, desc, regular},
     parallel,
 };
 
 /// The hidden subdirectory, where images are until they are complete.
 const UNFINISHED: &str = ".unfinished";
+
+/// The hidden subdirectory of a page server. A dump may use the same directory at the same time.
+const RECEIVED: &str = ".received";
 
 /// The name of the link to the parent snapshot.
 pub const PARENT_LINK: &str = "parent";
@@ -45,6 +48,23 @@ const SYNCS_AT_ONCE: usize = 16;
 /// Permissions of image directories, which hold the memory of processes.
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
+/// Which images of a snapshot a writer writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All of them.
+    Whole,
+    /// All but pages and pagemaps, which a page server may write to the same directory.
+    WithoutPages,
+    /// Only pages and pagemaps, without an inventory.
+    Pages,
+}
+
+impl Part {
+    fn stage(self) -> &'static str {
+        if self == Self::Pages { RECEIVED } else { UNFINISHED }
+    }
+}
+
 /// A directory to which a snapshot is being written.
 ///
 /// All operations use descriptors of the two directories: another user who can write to the
@@ -55,6 +75,7 @@ pub struct DirectoryWriter {
     unfinished: PathBuf,
     opened_dir: File,
     opened_unfinished: File,
+    part: Part,
     committed: bool,
 }
 
@@ -65,7 +86,15 @@ impl DirectoryWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn begin(dir: &Path) -> Result<Self> {
-        let unfinished = dir.join(UNFINISHED);
+        Self::begin_part(dir, Part::Whole)
+    }
+
+    /// Begins a part of a snapshot, like [`Self::begin`].
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn begin_part(dir: &Path, part: Part) -> Result<Self> {
+        let unfinished = dir.join(part.stage());
         match fs::remove_dir_all(&unfinished) {
             Ok(()) => log::warn!("{}: removed the remains of a failed dump", dir.display()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -78,9 +107,9 @@ impl DirectoryWriter {
         let directory = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let opened_dir = open(dir, directory, Mode::empty()).map_err(failed(dir))?;
         let mode = Mode::from_bits_truncate(DIRECTORY_MODE);
-        mkdirat(&opened_dir, UNFINISHED, mode).map_err(failed(&unfinished))?;
+        mkdirat(&opened_dir, part.stage(), mode).map_err(failed(&unfinished))?;
         let flags = directory | OFlag::O_NOFOLLOW;
-        let opened_unfinished = openat(&opened_dir, UNFINISHED, flags, Mode::empty())
+        let opened_unfinished = openat(&opened_dir, part.stage(), flags, Mode::empty())
             .and_then(|opened| match fstat(&opened)? {
                 stat if stat.st_uid == geteuid().as_raw() => Ok(opened),
                 // Another program has just made the directory.
@@ -92,6 +121,7 @@ impl DirectoryWriter {
             unfinished,
             opened_dir: opened_dir.into(),
             opened_unfinished: opened_unfinished.into(),
+            part,
             committed: false,
         })
     }
@@ -121,17 +151,23 @@ impl DirectoryWriter {
 
     fn publish_all(&mut self) -> Result<()> {
         let inventory = OsString::from(Kind::Inventory.file_name(0));
-        self.sync_file(&inventory)?;
+        let has_inventory = self.part != Part::Pages;
+        if has_inventory {
+            self.sync_file(&inventory)?;
+        }
         self.remove_old()?;
-        for name in names_in(&self.opened_unfinished, &self.unfinished)? {
-            if name != inventory {
-                self.publish(&name)?;
-            }
+        let mut names = names_in(&self.opened_unfinished, &self.unfinished)?;
+        // Without an inventory, pagemaps tell what there is.
+        names.sort_by_key(|name| name.to_str().and_then(MemoryId::of_pagemap).is_some());
+        for name in names.iter().filter(|name| **name != inventory) {
+            self.publish(name)?;
         }
         self.sync_dir()?;
-        self.publish(&inventory)?;
+        if has_inventory {
+            self.publish(&inventory)?;
+        }
         self.committed = true;
-        unlinkat(&self.opened_dir, UNFINISHED, UnlinkatFlags::RemoveDir)
+        unlinkat(&self.opened_dir, self.part.stage(), UnlinkatFlags::RemoveDir)
             .map_err(|errno| write_error(&self.unfinished, errno.into()))?;
         self.sync_dir()?;
         if let Ok(dir) = self.dir.canonicalize()
@@ -161,7 +197,7 @@ impl DirectoryWriter {
             .map_err(|errno| write_error(&self.dir.join(name), errno.into()))
     }
 
-    /// Removes the images of an older dump; first those that make it a snapshot.
+    /// Removes the images of an older dump that are of this part; first those that make it a snapshot.
     fn remove_old(&self) -> Result<()> {
         let remove =
             |name: &OsStr| match unlinkat(&self.opened_dir, name, UnlinkatFlags::NoRemoveDir) {
@@ -171,8 +207,8 @@ impl DirectoryWriter {
                 _ => Ok(()),
             };
         let inventory = OsString::from(Kind::Inventory.file_name(0));
-        let complete =
-            self.dir.join(&inventory).exists() || self.dir.join(PARENT_LINK).is_symlink();
+        let complete = self.part != Part::Pages
+            && (self.dir.join(&inventory).exists() || self.dir.join(PARENT_LINK).is_symlink());
         if complete {
             remove(&inventory)?;
             self.sync_dir()?;
@@ -181,7 +217,14 @@ impl DirectoryWriter {
             let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
             // These name pages of other files, and would now seem to name ours.
             let misleading = kind == Some(Kind::Punched) || name == PARENT_LINK;
-            if misleading || complete && kind.is_some() {
+            let is_old = match self.part {
+                Part::Whole => misleading || complete && kind.is_some(),
+                Part::WithoutPages => {
+                    misleading || complete && kind.is_some_and(|kind| !is_of_pages(kind))
+                }
+                Part::Pages => kind.is_some_and(is_of_pages),
+            };
+            if is_old {
                 remove(&name)?;
             }
         }
@@ -220,6 +263,24 @@ impl Drop for DirectoryWriter {
             log::warn!("cannot remove {}: {error}", self.unfinished.display());
         }
     }
+}
+
+/// Whether a page server writes images of this kind.
+fn is_of_pages(kind: Kind) -> bool {
+    matches!(kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Pages | Kind::Punched)
+}
+
+/// Returns the name of an image in a directory that would be taken for one of a new dump whose pages
+/// are written elsewhere: an inventory or, if `pages`, one of those that a page server writes.
+///
+/// # Errors
+/// [`ImageError::Open`].
+pub fn leftover(dir: &Path, pages: bool) -> Result<Option<OsString>> {
+    let mut names = names(dir)?.into_iter();
+    Ok(names.find(|name| {
+        let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
+        kind.is_some_and(|kind| kind == Kind::Inventory || pages && is_of_pages(kind))
+    }))
 }
 
 /// Returns the names in a directory, sorted.

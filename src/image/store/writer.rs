@@ -9,7 +9,7 @@ use std::{
 
 use prost::Message;
 
-use super::snapshot::{DirectoryWriter, write_error};
+use super::snapshot::{DirectoryWriter, Part, write_error};
 use crate::image::{ImageWriter, Kind, Result, proto};
 
 /// A store to which a snapshot is being written.
@@ -94,6 +94,14 @@ impl SnapshotWriter {
         Ok(Self::to(Box::new(DirectoryWriter::begin(dir)?)))
     }
 
+    /// Begins a part of a snapshot in the directory `dir`.
+    ///
+    /// # Errors
+    /// As [`DirectoryWriter::begin`].
+    pub fn begin_part(dir: &Path, part: Part) -> Result<Self> {
+        Ok(Self::to(Box::new(DirectoryWriter::begin_part(dir, part)?)))
+    }
+
     /// Begins a snapshot in a store.
     pub fn to(store: Box<dyn StoreWriter>) -> Self {
         Self { store }
@@ -161,6 +169,16 @@ impl SnapshotWriter {
     /// [`ImageError::Write`](crate::image::ImageError::Write).
     pub fn commit(self, inventory: &proto::InventoryEntry) -> Result<()> {
         self.write(Kind::Inventory, 0, std::slice::from_ref(inventory))?;
+        self.store.commit()
+    }
+
+    /// Completes [`Part::Pages`] of a snapshot.
+    ///
+    /// The caller calls [`Self::sync`] first.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`](crate::image::ImageError::Write).
+    pub fn commit_pages(self) -> Result<()> {
         self.store.commit()
     }
 }
