@@ -9,6 +9,7 @@ pub(super) mod netlink;
 mod opts;
 pub(super) mod packet;
 mod queue;
+mod skb;
 #[cfg(test)]
 mod testing;
 pub(super) mod unix;

@@ -7,12 +7,7 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
-    io::{Read, Write},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use nix::libc;
@@ -31,7 +26,7 @@ use crate::{
                 attributes,
                 opts::{self, Subject},
                 queue::{self, Packet},
-                state,
+                skb, state,
             },
         },
         kernel::{Credentials, Kernel, KernelError, KernelResult},
@@ -45,21 +40,8 @@ use crate::{
 const CONNECTIONS_MAX: u32 = 1 << 16;
 const MESSAGES_MAX: u32 = 1 << 16;
 
-/// The most bytes of a message: far above what the kernel puts into one.
-const MESSAGE_MAX_BYTES: u32 = 1 << 24;
-
 /// The most descriptors in a message (`SCM_MAX_FD`, `net/scm.h`).
 const RIGHTS_MAX: usize = 253;
-
-/// `MAX_SKB_FRAGS` is at most this (`linux/skbuff.h`).
-const FRAGMENTS_MAX: usize = 45;
-
-/// The size of `skb_frag_t`: an address, a length, an offset.
-const FRAGMENT_BYTES: usize = 16;
-
-/// The number of random bytes that a message of rcriu's own repeats, and the message's length.
-const KNOWN_BYTES: usize = 256;
-const OWN_BYTES: usize = 16 << 10;
 
 /// The id of no user.
 const NO_ID: u32 = u32::MAX;
@@ -87,11 +69,9 @@ struct Message {
 
 /// Reads the connections that wait at a listening socket.
 pub(super) fn read(kernel: &mut Kernel, listener: BorrowedFd) -> KernelResult<Vec<Waiting>> {
-    let file = kernel.file(listener)?;
-    let socket = kernel.pointer(file, "file", "private_data")?;
-    let sock = kernel.pointer(socket, "socket", "sk")?;
+    let sock = skb::sock(kernel, listener)?;
     let mut found = Vec::new();
-    for message in queue(kernel, sock, CONNECTIONS_MAX)? {
+    for message in skb::queue(kernel, sock, CONNECTIONS_MAX)? {
         let end = kernel.pointer(message, "sk_buff", "sk")?;
         let peer = kernel.pointer(end, "unix_sock", "peer")?;
         let (mut inode, mut is_named) = (0, false);
@@ -113,7 +93,7 @@ pub(super) fn read(kernel: &mut Kernel, listener: BorrowedFd) -> KernelResult<Ve
         let pid = kernel.pointer(end, "sock", "sk_peer_pid")?;
         let cred = kernel.pointer(end, "sock", "sk_peer_cred")?;
         let caller = kernel.credentials(pid, cred)?;
-        let messages = queue(kernel, end, MESSAGES_MAX)?;
+        let messages = skb::queue(kernel, end, MESSAGES_MAX)?;
         let packets = messages.into_iter().map(|at| read_message(kernel, at));
         let packets = packets.collect::<KernelResult<_>>()?;
         found.push(Waiting { inode, caller, is_named, packets });
@@ -127,12 +107,10 @@ pub(super) fn read_urgent(
     fd: BorrowedFd,
     pids: &PidMap,
 ) -> KernelResult<Vec<Packet>> {
-    let file = kernel.file(fd)?;
-    let socket = kernel.pointer(file, "file", "private_data")?;
-    let sock = kernel.pointer(socket, "socket", "sk")?;
+    let sock = skb::sock(kernel, fd)?;
     let marked = kernel.pointer(sock, "unix_sock", "oob_skb")?;
     let mut packets: Vec<Packet> = Vec::new();
-    for at in queue(kernel, sock, MESSAGES_MAX)? {
+    for at in skb::queue(kernel, sock, MESSAGES_MAX)? {
         let mut message = read_message(kernel, at)?;
         let control = kernel.member(at, "sk_buff", "cb")?;
         let consumed = kernel.word(control, "unix_skb_parms", "consumed")? as usize;
@@ -154,49 +132,9 @@ pub(super) fn read_urgent(
     Ok(packets)
 }
 
-/// Returns the messages in the queue of a `struct sock`.
-fn queue(kernel: &mut Kernel, sock: KernelAddr, max: u32) -> KernelResult<Vec<KernelAddr>> {
-    let head = kernel.member(sock, "sock", "sk_receive_queue")?;
-    let count = kernel.word(head, "sk_buff_head", "qlen")?;
-    if count > max {
-        return Err(KernelError::Unexpected("a queue"));
-    }
-    let mut found = Vec::new();
-    let mut at = kernel.pointer(head, "sk_buff_head", "next")?;
-    while at != head {
-        if found.len() >= count as usize {
-            return Err(KernelError::Unexpected("a queue that changes"));
-        }
-        found.push(at);
-        at = kernel.pointer(at, "sk_buff", "next")?;
-    }
-    Ok(found)
-}
-
 /// Reads a `struct sk_buff` of a UNIX socket.
 fn read_message(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Message> {
-    let bytes = kernel.word(at, "sk_buff", "len")?;
-    let in_pages = kernel.word(at, "sk_buff", "data_len")?;
-    if bytes > MESSAGE_MAX_BYTES || in_pages > bytes {
-        return Err(KernelError::Unexpected("a message"));
-    }
-    let start = kernel.pointer(at, "sk_buff", "data")?;
-    let mut data = kernel.bytes(start, (bytes - in_pages) as usize, "a message")?;
-    if in_pages > 0 {
-        for (page, offset, len) in fragments(kernel, at)? {
-            if len > bytes {
-                return Err(KernelError::Unexpected("the pages of a message"));
-            }
-            if !kernel.knows_pages() {
-                find_pages(kernel)?;
-            }
-            let page = kernel.page(page)?.plus(offset.into());
-            data.extend(kernel.bytes(page, len as usize, "the pages of a message")?);
-        }
-    }
-    if data.len() != bytes as usize {
-        return Err(KernelError::Unexpected("the length of a message"));
-    }
+    let data = skb::data(kernel, at)?;
     let control = kernel.member(at, "sk_buff", "cb")?;
     let pid = kernel.pointer(control, "unix_skb_parms", "pid")?;
     let [uid, gid] = [
@@ -211,51 +149,6 @@ fn read_message(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Message> {
     let rights = kernel.pointer(control, "unix_skb_parms", "fp")?;
     let files = if rights.is_null() { Vec::new() } else { read_rights(kernel, rights)? };
     Ok(Message { data, files, sender })
-}
-
-/// Returns the pages of a message, each with an offset and a length.
-fn fragments(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Vec<(KernelAddr, u32, u32)>> {
-    let head = kernel.pointer(at, "sk_buff", "head")?;
-    let info = head.plus(kernel.word(at, "sk_buff", "end")?.into());
-    let count = kernel.member(info, "skb_shared_info", "nr_frags")?;
-    let count = usize::from(kernel.bytes(count, 1, "a message")?[0]);
-    let list = kernel.pointer(info, "skb_shared_info", "frag_list")?;
-    if count > FRAGMENTS_MAX || !list.is_null() {
-        return Err(KernelError::Unexpected("the pages of a message"));
-    }
-    let frags = kernel.member(info, "skb_shared_info", "frags")?;
-    let frags = kernel.bytes(frags, count * FRAGMENT_BYTES, "the pages of a message")?;
-    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("4 bytes"));
-    let fragment = |bytes: &[u8]| {
-        let page = u64::from_ne_bytes(bytes[..8].try_into().expect("8 bytes"));
-        (KernelAddr(page), word(&bytes[12..16]), word(&bytes[8..12]))
-    };
-    Ok(frags.chunks_exact(FRAGMENT_BYTES).map(fragment).collect())
-}
-
-/// Finds out where the kernel has mapped its memory, by a message of its own.
-fn find_pages(kernel: &mut Kernel) -> KernelResult<()> {
-    let failed = |_| KernelError::Unexpected("a message of its own");
-    let mut random = [0; KNOWN_BYTES];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).map_err(failed)?;
-    // All of it fits into one message, and its end into a page.
-    let bytes: Vec<u8> = random.iter().copied().cycle().take(OWN_BYTES).collect();
-    let (mut here, there) = UnixStream::pair().map_err(failed)?;
-    here.write_all(&bytes).map_err(failed)?;
-    let file = kernel.file(there.as_fd())?;
-    let socket = kernel.pointer(file, "file", "private_data")?;
-    let sock = kernel.pointer(socket, "socket", "sk")?;
-    let message = queue(kernel, sock, 1)?.first().copied();
-    let message = message.ok_or(KernelError::Unexpected("a message of its own"))?;
-    let before =
-        kernel.word(message, "sk_buff", "len")? - kernel.word(message, "sk_buff", "data_len")?;
-    let (page, offset, len) = fragments(kernel, message)?
-        .first()
-        .copied()
-        .ok_or(KernelError::Unexpected("a message of its own"))?;
-    let known = bytes.get(before as usize..).unwrap_or_default();
-    let known = &known[..known.len().min(len as usize).min(KNOWN_BYTES)];
-    kernel.find_pages(page, offset.into(), known)
 }
 
 /// Reads a `struct scm_fp_list`.
