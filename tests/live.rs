@@ -358,6 +358,11 @@ states! {
     unix_peek_offset;
     socket_options;
     tcp_connections ["--tcp-established"], elsewhere: restored;
+    tcp_urgent ["--tcp-established"], elsewhere: restored;
+    tcp_urgent_read ["--tcp-established"];
+    tcp_urgent_inline ["--tcp-established"];
+    tcp_urgent_alone ["--tcp-established"];
+    tcp_urgent_unsent ["--tcp-established"];
     tcp_ended;
     tcp_pending_errors, elsewhere: restored;
     tcp_unaccepted ["--tcp-established", "--skip-in-flight"];
@@ -506,10 +511,8 @@ fn every_workload_is_tested() {
     let there: BTreeSet<_> = text.lines().collect();
     let lost: Vec<_> = LOST.iter().map(|(name, _)| *name).collect();
     let refused: Vec<_> = REFUSED.iter().map(|(name, _)| *name).collect();
-    let urgent: Vec<_> = URGENT.iter().map(|(name, _)| *name).collect();
     let tested = [
         NAMES,
-        &urgent,
         HUGE_NAMES,
         &refused,
         &lost,
@@ -682,12 +685,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 
-/// TCP connections that are refused with `--tcp-established`.
-const URGENT: &[(&str, &str)] = &[
-    ("tcp_urgent", "with urgent data that its program has not read"),
-    ("tcp_urgent_read", "with received bytes behind urgent data that its program has read"),
-];
-
 #[test]
 fn privileged_states_that_no_restore_gives_back_are_refused() {
     for (name, words) in REFUSED {
@@ -803,11 +800,12 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
 /// No call shows data in a connection that was not accepted, only the memory of the kernel.
 /// Urgent data, and bytes behind it.
 #[test]
-fn privileged_urgent_data_of_tcp_is_refused() {
+fn privileged_urgent_data_of_tcp_is_refused_without_bpf() {
     require(Cap::Ptrace);
-    for (name, words) in URGENT {
+    for name in ["tcp_urgent", "tcp_urgent_read", "tcp_urgent_inline"] {
         let mut live = Live::workload(name);
-        refused_with(&mut live, &["--tcp-established"], words);
+        live.without = "kernel_memory";
+        refused_with(&mut live, &["--tcp-established"], "with urgent data (load a BPF program");
         live.verdict();
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, gettid, same, wait_blocked, wait_until, write_all},
+    kit::{Checkpoint, Verdict, gettid, read_some, same, wait_blocked, wait_until, write_all},
     socket_ends::{arrives, tcp_state},
     sockets::{Address, option, own_port, receive, set_option, socket},
 };
@@ -19,8 +19,14 @@ pub const ROWS: &[Row] = &[
     ("tcp_signed", tcp_signed),
     ("tcp_urgent", tcp_urgent),
     ("tcp_urgent_read", tcp_urgent_read),
+    ("tcp_urgent_inline", tcp_urgent_inline),
+    ("tcp_urgent_alone", tcp_urgent_alone),
+    ("tcp_urgent_unsent", tcp_urgent_unsent),
     ("tcp_options", tcp_options),
 ];
+
+/// `asm-generic/sockios.h`.
+const SIOCATMARK: libc::c_ulong = 0x8905;
 
 /// States of connections (`net/tcp_states.h`).
 const ESTABLISHED: u8 = 1;
@@ -175,17 +181,45 @@ fn tcp_signed(checkpoint: &Checkpoint) -> Verdict {
     arrives(accepted, b"a new one")
 }
 
-/// Returns the receiving end of a connection with an urgent byte in the middle of others, and the
-/// other end.
-fn urgent() -> Result<[i32; 2], String> {
+/// Returns a connection; the end that was accepted is first.
+fn pair() -> Result<[i32; 2], String> {
     let server = listener(0, 5)?;
     let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
     Address::ip4(own_port(0)).connect(client)?;
-    let accepted = accept(server)?;
+    Ok([accept(server)?, client])
+}
+
+/// Returns the receiving end of a connection with an urgent byte in the middle of others, and the
+/// other end.
+fn urgent() -> Result<[i32; 2], String> {
+    let [accepted, client] = pair()?;
     write_all(client, b"before")?;
-    sys!(send(client, b"!".as_ptr().cast(), 1, libc::MSG_OOB))?;
+    send_urgent(client, b'!')?;
     write_all(client, b"after")?;
     Ok([accepted, client])
+}
+
+/// Reads many bytes, which are all the same.
+fn repeats(fd: i32, byte: u8, count: usize) -> Verdict {
+    let mut found = 0;
+    while found < count {
+        let bytes = read_some(fd, count - found)?;
+        ensure!(!bytes.is_empty(), "the end after {found} bytes");
+        same("bytes", true, bytes.iter().all(|it| *it == byte))?;
+        found += bytes.len();
+    }
+    Ok(())
+}
+
+fn send_urgent(fd: i32, byte: u8) -> Verdict {
+    sys!(send(fd, (&raw const byte).cast(), 1, libc::MSG_OOB)).map(drop)
+}
+
+/// Whether the next byte is at the mark.
+fn is_at_mark(fd: i32) -> Result<bool, String> {
+    let mut is_there = 0_i32;
+    sys!(ioctl(fd, SIOCATMARK, &raw mut is_there))?;
+    Ok(is_there == 1)
 }
 
 /// Receives the urgent byte.
@@ -206,16 +240,73 @@ fn tcp_urgent(checkpoint: &Checkpoint) -> Verdict {
     arrives(fd, b"more")
 }
 
-/// The mark stays where the urgent byte was.
+/// The mark stays where the urgent byte was, among bytes that the kernel keeps in pages.
 fn tcp_urgent_read(checkpoint: &Checkpoint) -> Verdict {
-    let [fd, client] = urgent()?;
+    const BYTES: usize = 20_000;
+    let [fd, client] = pair()?;
+    write_all(client, &[1; BYTES])?;
+    repeats(fd, 1, 1000)?;
+    send_urgent(client, b'!')?;
+    write_all(client, &[2; BYTES])?;
     wait_until("the urgent byte", || has_urgent(fd))?;
     receive_urgent(fd)?;
     checkpoint.wait();
-    arrives(fd, b"before")?;
-    arrives(fd, b"after")?;
+    repeats(fd, 1, BYTES - 1000)?;
+    repeats(fd, 2, BYTES)?;
     write_all(client, b"more")?;
     arrives(fd, b"more")
+}
+
+/// The urgent byte is one of the others, and a read ends before it.
+fn tcp_urgent_inline(checkpoint: &Checkpoint) -> Verdict {
+    let [fd, client] = urgent()?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1)?;
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    checkpoint.wait();
+    same("SO_OOBINLINE", 1, option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE)?)?;
+    let mut bytes = [0; 64];
+    let len = sys!(recv(fd, bytes.as_mut_ptr().cast(), bytes.len(), 0))?;
+    same("bytes before the mark", b"before".as_slice(), &bytes[..len.unsigned_abs()])?;
+    same("at the mark", true, is_at_mark(fd)?)?;
+    arrives(fd, b"!after")?;
+    write_all(client, b"more")?;
+    arrives(fd, b"more")
+}
+
+/// The program is at the mark, the urgent byte is all that has arrived, and another one follows
+/// later.
+fn tcp_urgent_alone(checkpoint: &Checkpoint) -> Verdict {
+    let [fd, client] = pair()?;
+    write_all(client, b"before")?;
+    send_urgent(client, b'!')?;
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    arrives(fd, b"before")?;
+    checkpoint.wait();
+    same("urgent data", true, has_urgent(fd))?;
+    same("at the mark", true, is_at_mark(fd)?)?;
+    receive_urgent(fd)?;
+    write_all(client, b"between")?;
+    arrives(fd, b"between")?;
+    send_urgent(client, b'!')?;
+    wait_until("the next urgent byte", || has_urgent(fd))?;
+    receive_urgent(fd)
+}
+
+/// The receiver has no room for the urgent byte, which is sent after the checkpoint.
+fn tcp_urgent_unsent(checkpoint: &Checkpoint) -> Verdict {
+    const BYTES: usize = 256 << 10;
+    let [fd, client] = pair()?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 4096)?;
+    set_option(client, libc::SOL_SOCKET, libc::SO_SNDBUF, 1 << 20)?;
+    write_all(client, &vec![7; BYTES])?;
+    send_urgent(client, b'!')?;
+    write_all(client, b"after")?;
+    checkpoint.wait();
+    same("urgent data", false, has_urgent(fd))?;
+    repeats(fd, 7, BYTES)?;
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    receive_urgent(fd)?;
+    arrives(fd, b"after")
 }
 
 fn has_urgent(fd: i32) -> bool {

@@ -1,5 +1,5 @@
-//! Forged packets that appear to come from a connection's peer: its FIN, and the acknowledgement of
-//! the local FIN. Only such packets lead to the closing states.
+//! Forged packets that appear to come from a connection's peer: its FIN, the acknowledgement of
+//! the local FIN, and urgent data. Only such packets lead to the closing states, and to urgent data.
 
 use std::{
     io,
@@ -23,13 +23,15 @@ const HOPS: u8 = 64;
 /// The fields of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Packet {
-    /// The sequence number of the FIN, or of the next byte.
+    /// The sequence number of the FIN, of the urgent byte, or of the next byte.
     pub(super) sequence: u32,
     /// The sequence number that is expected next from the other end.
     pub(super) acknowledged: u32,
     pub(super) window: u16,
     /// Whether the packet has a FIN.
     pub(super) ends: bool,
+    /// The urgent byte that it has.
+    pub(super) urgent: Option<u8>,
 }
 
 /// Sends a packet to `own` that appears to come from `peer`, with the mark that locks let pass.
@@ -66,7 +68,11 @@ fn written(
     if packet.ends {
         step = step.fin();
     }
+    if packet.urgent.is_some() {
+        // In either meaning that Linux knows (`net.ipv4.tcp_stdurg`), 0 is the first byte.
+        step = step.urg(0);
+    }
     let mut bytes = Vec::new();
-    step.write(&mut bytes, &[]).map_err(|_| io::ErrorKind::InvalidInput)?;
+    step.write(&mut bytes, packet.urgent.as_slice()).map_err(|_| io::ErrorKind::InvalidInput)?;
     Ok(bytes)
 }

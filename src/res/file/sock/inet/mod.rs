@@ -23,6 +23,7 @@ mod raw;
 mod repair;
 mod restore;
 mod udp_queue;
+mod urgent;
 
 use std::net::SocketAddr;
 

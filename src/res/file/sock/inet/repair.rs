@@ -164,6 +164,17 @@ pub(super) fn append(fd: BorrowedFd, queue: Queue, bytes: &[u8]) -> nix::Result<
     write(fd, bytes)
 }
 
+/// Sends bytes, of which the one before `end` is urgent if it is one of them.
+pub(super) fn write_urgent(fd: BorrowedFd, bytes: &[u8], end: usize) -> nix::Result<()> {
+    let Some((urgent, before)) = bytes.get(..end).and_then(<[u8]>::split_last) else {
+        return write(fd, bytes);
+    };
+    write(fd, before)?;
+    let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    send(fd.as_raw_fd(), &[*urgent], flags)?;
+    write(fd, &bytes[end..])
+}
+
 /// Sends bytes. The queue must have room for all of them.
 pub(super) fn write(fd: BorrowedFd, mut bytes: &[u8]) -> nix::Result<()> {
     let mut piece = PIECE_BYTES;

@@ -24,7 +24,7 @@ use super::{
     connection::{self, Connection},
     ended,
     lock::{self, Ends, Lock, Method},
-    md5, multicast, protocol_name, raw, repair, udp_queue,
+    md5, multicast, protocol_name, raw, repair, udp_queue, urgent,
 };
 use crate::{
     image::{Kind, proto},
@@ -98,8 +98,17 @@ impl InetOpener {
         for socket in sockets {
             let (entry, restored) = (socket.entry, &socket.restored);
             let Some(state) = socket.connection() else { continue };
-            let connection = Connection::load(&opened.images, entry.ino, state)?
+            let mut connection = Connection::load(&opened.images, entry.ino, state)?
                 .map_err(|problem| restored.wrong(problem))?;
+            connection.urgent = socket.state.and_then(|state| state.urgent);
+            connection.urgent_sent = socket.state.and_then(|state| state.urgent_sent);
+            if let Some(urgent) = &connection.urgent
+                && !urgent::is_within(urgent, &connection.received)
+            {
+                let (at, bytes) = (urgent.offset, connection.received.len());
+                let problem = format!("its urgent byte is at {at}, behind {bytes} received bytes");
+                return Err(restored.wrong(problem));
+            }
             // The buffer sizes of the images are set later.
             opts::widen(socket.fd.as_fd());
             opts::widen_to_receive(socket.fd.as_fd(), LARGEST_QUEUE_BYTES);

@@ -20,10 +20,14 @@ use super::{
     forge::{self, Packet},
     lock::Ends,
     repair::{self, Negotiated, Queue, Window},
+    urgent::{self, Marked},
 };
 use crate::{
     image::{Kind, SnapshotWriter, Store, proto},
-    res::file::{Result, sock::state},
+    res::{
+        file::{Result, sock::state},
+        kernel::{Kernel, KernelResult},
+    },
     sys::{fds, socket},
 };
 
@@ -61,6 +65,10 @@ pub(super) struct Connection {
     pub(super) received: Vec<u8>,
     /// Bytes written, but not acknowledged.
     pub(super) sent: Vec<u8>,
+    /// The mark among the received bytes; it is in the image of the socket.
+    pub(super) urgent: Option<proto::SkUrgentEntry>,
+    /// How many of the written bytes end with an urgent byte; this, too.
+    pub(super) urgent_sent: Option<u32>,
 }
 
 /// Whether a socket in this state has a connection that the restore can recreate.
@@ -110,12 +118,37 @@ impl Connection {
     pub(super) fn read(fd: BorrowedFd) -> nix::Result<Self> {
         for _ in 0..LOOKS {
             let before = Counts::read(fd)?;
-            let looked = before.look(fd);
+            let looked = before.look(fd, None);
             if Counts::read(fd)? == before {
                 return looked;
             }
         }
         Err(Errno::EAGAIN)
+    }
+
+    /// Reads a connection with urgent data among the received bytes, as [`read`](Self::read) does;
+    /// `None` without.
+    ///
+    /// # Errors
+    /// In the inner result, those of [`read`](Self::read).
+    pub(super) fn read_marked(
+        kernel: &mut Kernel,
+        fd: BorrowedFd,
+    ) -> KernelResult<nix::Result<Option<Self>>> {
+        let mut looked = Ok(None);
+        for _ in 0..LOOKS {
+            let Some(marked) = urgent::read(kernel, fd)? else { return Ok(Ok(None)) };
+            looked = Counts::read(fd).and_then(|before| {
+                let connection = before.look(fd, Some(&marked))?;
+                let is_whole = connection.entry.inq_seq == marked.end;
+                Ok((Counts::read(fd)? == before && is_whole).then_some(connection))
+            });
+            match looked {
+                Ok(None) => {}
+                looked => return Ok(looked),
+            }
+        }
+        Ok(looked.and(Err(Errno::EAGAIN)))
     }
 
     /// Writes the image.
@@ -151,7 +184,7 @@ impl Connection {
         let (mut received, mut sent) = (Vec::new(), Vec::new());
         image.append(received_bytes.into(), "bytes that were received", &mut received)?;
         image.append(sent_bytes.into(), "bytes that were sent", &mut sent)?;
-        Ok(Ok(Self { state, entry, received, sent }))
+        Ok(Ok(Self { state, entry, received, sent, urgent: None, urgent_sent: None }))
     }
 
     /// Recreates the connection on a new socket. The socket stays in repair mode, so the peer
@@ -181,7 +214,7 @@ impl Connection {
         if let Some(clock) = self.entry.timestamp {
             repair::set_clock(fd, clock).map_err(failed("set the clock of"))?;
         }
-        self.fill(fd).map_err(failed("fill the queues of"))?;
+        self.fill(fd, (own, peer)).map_err(failed("fill the queues of"))?;
         if let Some(window) = self.window() {
             repair::set_window(fd, &window).map_err(failed("set the windows of"))?;
         }
@@ -221,15 +254,24 @@ impl Connection {
         options
     }
 
-    fn fill(&self, fd: BorrowedFd) -> nix::Result<()> {
-        repair::append(fd, Queue::Received, &self.received)?;
+    fn fill(&self, fd: BorrowedFd, ends: Ends) -> nix::Result<()> {
+        match &self.urgent {
+            None => repair::append(fd, Queue::Received, &self.received)?,
+            Some(urgent) => {
+                urgent::fill(fd, ends, self.packet(), (&self.received, urgent))?;
+            }
+        }
         let unsent = self.entry.unsq_len.unwrap_or_default() as usize;
         let (sent, unsent) = self.sent.split_at(self.sent.len() - unsent);
-        repair::append(fd, Queue::Sent, sent)?;
+        let urgent = self.urgent_sent.unwrap_or_default() as usize;
+        if !sent.is_empty() {
+            repair::choose(fd, Queue::Sent)?;
+            repair::write_urgent(fd, sent, urgent)?;
+        }
         if !unsent.is_empty() {
             // Write as the program did: the kernel sends the bytes when the windows allow it.
             repair::end(fd)?;
-            let written = repair::write(fd, unsent);
+            let written = repair::write_urgent(fd, unsent, urgent.saturating_sub(sent.len()));
             repair::begin(fd)?;
             written?;
         }
@@ -251,6 +293,18 @@ impl Connection {
         })
     }
 
+    /// Returns a packet of the peer, without data, from before the first received byte.
+    fn packet(&self) -> Packet {
+        let window = self.entry.snd_wnd.unwrap_or_default() >> self.entry.snd_wscale.min(14);
+        Packet {
+            sequence: self.first_received(),
+            acknowledged: self.first_sent(),
+            window: u16::try_from(window).unwrap_or(u16::MAX),
+            ends: false,
+            urgent: None,
+        }
+    }
+
     /// Repeats the FINs of both ends, in the order that leads to the recorded state.
     fn close(&self, fd: BorrowedFd, (own, peer): Ends) -> nix::Result<()> {
         let own_end = own_end(self.state).unwrap_or(OwnEnd::Open);
@@ -265,15 +319,8 @@ impl Connection {
         if own_end != OwnEnd::Open && own_end_is_first(self.state) {
             end_own()?;
         }
-        let mut packet = Packet {
-            sequence: self.first_received().wrapping_add(self.entry.inq_len),
-            acknowledged: self.first_sent(),
-            window: u16::try_from(
-                self.entry.snd_wnd.unwrap_or_default() >> self.entry.snd_wscale.min(14),
-            )
-            .unwrap_or(u16::MAX),
-            ends: true,
-        };
+        let mut packet = Packet { ends: true, ..self.packet() };
+        packet.sequence = packet.sequence.wrapping_add(self.entry.inq_len);
         if peer_has_ended(self.state) {
             forge::send(own, peer, packet)?;
             packet.sequence = packet.sequence.wrapping_add(1);
@@ -334,12 +381,16 @@ impl Counts {
         })
     }
 
-    fn look(&self, fd: BorrowedFd) -> nix::Result<Connection> {
+    /// Reads a connection. `marked` has what it has received if urgent data is among it.
+    fn look(&self, fd: BorrowedFd, marked: Option<&Marked>) -> nix::Result<Connection> {
         let end = u32::from(own_end(self.state) == Some(OwnEnd::Sent));
         let outq_len = self.sent_bytes.saturating_sub(end);
         let has = |option| self.options & option != 0;
         let timestamp = has(TIMESTAMPS).then(|| repair::clock(fd)).transpose()?;
-        let received = repair::peek(fd, self.received_bytes)?;
+        let received = match marked {
+            None => repair::peek(fd, self.received_bytes)?,
+            Some(marked) => marked.received.clone(),
+        };
         let (mss_clamp, inq_seq, outq_seq, window, sent) = repair::during(fd, || {
             // Only in repair mode does the kernel return the negotiated size.
             let mss_clamp = socket::option(fd, libc::SOL_TCP, libc::TCP_MAXSEG)?;
@@ -351,7 +402,7 @@ impl Counts {
         // No window is agreed on yet, and CRIU would set what is there.
         let window = Some(window).filter(|_| self.state != state::SYN_SENT);
         let entry = proto::TcpStreamEntry {
-            inq_len: self.received_bytes,
+            inq_len: u32::try_from(received.len()).map_err(|_| Errno::EFBIG)?,
             inq_seq,
             outq_len,
             outq_seq,
@@ -369,7 +420,8 @@ impl Counts {
             cork: None,
             nodelay: None,
         };
-        Ok(Connection { state: self.state, entry, received, sent })
+        let urgent = marked.map(|marked| marked.urgent);
+        Ok(Connection { state: self.state, entry, received, sent, urgent, urgent_sent: None })
     }
 }
 

@@ -67,7 +67,8 @@ fn cross(own: &TcpStream, (here, there): Ends) {
     repair::end(own.as_fd()).unwrap();
     let unacknowledged = fds::unacknowledged_bytes(own.as_fd()).unwrap();
     let acknowledged = written.wrapping_sub(unacknowledged);
-    forge::send(here, there, Packet { sequence, acknowledged, window: 1000, ends: true }).unwrap();
+    let packet = Packet { sequence, acknowledged, window: 1000, ends: true, urgent: None };
+    forge::send(here, there, packet).unwrap();
 }
 
 fn state_of(stream: &TcpStream) -> u32 {

@@ -27,7 +27,7 @@ use super::{
     DumpOptions, address,
     connection::{self, Connection},
     lock::{self, Ends, Lock, Method, Rules},
-    multicast, protocol_name, raw, repair,
+    multicast, protocol_name, raw, repair, urgent,
 };
 use crate::{
     causes::{tell, with_sources},
@@ -40,7 +40,7 @@ use crate::{
             error::errno,
             sock::{attributes, diag, listed::inode, opts},
         },
-        kernel::Kernel,
+        kernel::{Kernel, KernelResult},
     },
     sys::{fds, supervise},
     units::{HostPid, TargetFd},
@@ -50,9 +50,8 @@ const HELP_KIND: &str = "have the program close it, then try again";
 const HELP_MPTCP: &str = "have the program use TCP (for Go: GODEBUG=multipathtcp=0), or close it";
 /// The step of the dump that enters the namespace of a socket.
 const ENTER: &str = "enter the network namespace of";
-/// A state that a dump cannot read.
-const MARKED: &str = "received bytes behind urgent data that its program has read (MSG_OOB)";
-const HELP_MARKED: &str = "have the program read the bytes before the urgent data, then try again";
+const HELP_MARKED: &str = "have the program read the bytes before and behind the urgent data, then \
+                           try again";
 /// The name of the loopback device.
 const LOOPBACK: &CStr = c"lo";
 /// The step of the dump that a [`Lock`] is for.
@@ -72,8 +71,24 @@ pub(super) struct InetCollector {
     groups: HashMap<u32, Vec<proc::MulticastGroup>>,
     /// The raw and ICMP sockets of each network namespace, by family.
     raw: HashMap<(u32, c_int), Vec<proc::RawSocket>>,
-    /// The memory of the kernel, or why it cannot be read, once a socket has a pending error.
-    kernel: Option<Result<Kernel, String>>,
+    /// The memory of the kernel, once a socket has a pending error or urgent data.
+    kernel: Memory,
+}
+
+/// The memory of the kernel, or why it cannot be read, once it is needed.
+#[derive(Debug, Default)]
+struct Memory(Option<Result<Kernel, String>>);
+
+impl Memory {
+    /// Reads from it.
+    ///
+    /// # Errors
+    /// Why it cannot be read, with all causes.
+    fn read<T>(&mut self, read: impl FnOnce(&mut Kernel) -> KernelResult<T>) -> Result<T, String> {
+        let open = || Kernel::open().map_err(|error| with_sources(&error));
+        let kernel = self.0.get_or_insert_with(open).as_mut().map_err(|why| why.clone())?;
+        read(kernel).map_err(|error| with_sources(&error))
+    }
 }
 
 /// The mechanism that drops packets during the dump.
@@ -160,7 +175,7 @@ impl InetCollector {
             states: attributes::AttributeReader::default(),
             groups: HashMap::new(),
             raw: HashMap::new(),
-            kernel: None,
+            kernel: Memory::default(),
         }
     }
 
@@ -261,27 +276,23 @@ impl InetCollector {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(place) => &*place.insert(found.list()?),
             };
-            let connection = Connection::read(found.fd.as_fd())
-                .map_err(found.failed("look into the connection of (TCP_REPAIR)"))?;
+            let listed = shutdowns.by_inode.get(&found.inode);
+            let mut connection = found.read(listed, &mut self.kernel)?;
+            connection.urgent_sent = found.urgent_sent(&connection, &mut self.kernel);
             if !connection::is_connection(connection.state) {
                 return Err(found.failed("keep an end that has just been reset of")(
                     Errno::ECONNRESET,
                 ));
             }
-            let listed = shutdowns.by_inode.get(&found.inode);
-            let bytes = connection.entry.inq_len;
-            if listed.is_some_and(|listed| listed.unread_bytes() > bytes) && found.has_mark()? {
-                let (own, peer) = found.ends;
-                return Err(FileError::Unsupported {
-                    pid: found.pid,
-                    fd: found.number,
-                    what: format!("the TCP connection {own} -> {peer}, with {MARKED}"),
-                    help: HELP_MARKED,
-                });
-            }
-            if let Some(entry) = intake.entry(found.id).and_then(|entry| entry.isk.as_mut()) {
-                entry.state = connection.state;
-                entry.shutdown = opts::shutdown(listed.map_or(0, |listed| listed.shutdown));
+            if let Some(entry) = intake.entry(found.id) {
+                if let Some(entry) = entry.isk.as_mut() {
+                    entry.state = connection.state;
+                    entry.shutdown = opts::shutdown(listed.map_or(0, |listed| listed.shutdown));
+                }
+                if let Some(state) = entry.sock.as_mut() {
+                    state.urgent = connection.urgent;
+                    state.urgent_sent = connection.urgent_sent;
+                }
             }
             found.connection = Some(connection);
         }
@@ -464,6 +475,53 @@ impl Found {
         let family = u8::try_from(self.family).expect("families are small");
         let listed = diag::inet_sockets(family, protocol);
         listed.map_err(self.failed("list the sockets of the network for"))
+    }
+
+    /// Reads its state; `listed` is what `sock_diag(7)` has shown of it.
+    fn read(&self, listed: Option<&diag::InetSocket>, memory: &mut Memory) -> Result<Connection> {
+        let failed = || self.failed("look into the connection of (TCP_REPAIR)");
+        let fd = self.fd.as_fd();
+        let mut plain = Connection::read(fd);
+        let has_more = match &plain {
+            Ok(found) => {
+                let bytes = found.entry.inq_len;
+                listed.is_some_and(|listed| listed.unread_bytes() > bytes) && self.has_mark()?
+            }
+            // A peek ends at the mark.
+            Err(errno) => *errno == Errno::EAGAIN,
+        };
+        if !has_more && !urgent::waits(fd).map_err(self.failed("poll"))? {
+            return plain.map_err(failed());
+        }
+        let marked = memory.read(|kernel| Connection::read_marked(kernel, fd)).map_err(|why| {
+            let (own, peer) = self.ends;
+            FileError::Unsupported {
+                pid: self.pid,
+                fd: self.number,
+                what: format!("the TCP connection {own} -> {peer}, with urgent data ({why})"),
+                help: HELP_MARKED,
+            }
+        })?;
+        if let Some(marked) = marked.map_err(failed())? {
+            plain = Ok(marked);
+        }
+        plain.map_err(failed())
+    }
+
+    /// Returns how many of the bytes that it has sent, or is to send, end with an urgent byte.
+    fn urgent_sent(&self, connection: &Connection, memory: &mut Memory) -> Option<u32> {
+        if connection.sent.is_empty() {
+            return None;
+        }
+        match memory.read(|kernel| urgent::sent(kernel, self.fd.as_fd())) {
+            // The peer may have acknowledged bytes since.
+            Ok(bytes) => bytes.filter(|bytes| *bytes <= connection.entry.outq_len),
+            Err(why) => {
+                let (own, peer) = self.ends;
+                log::debug!("urgent data sent from {own} to {peer} would not stay urgent: {why}");
+                None
+            }
+        }
     }
 
     /// Whether a mark of urgent data is in the received bytes. The kernel then returns only the bytes

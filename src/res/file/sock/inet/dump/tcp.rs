@@ -15,20 +15,16 @@ use nix::{
 
 use super::{EndedConnection, Facts, Found, InetCollector, inode};
 use crate::{
-    causes::with_sources,
     image::proto::SkMd5KeyEntry,
-    res::{
-        file::{
-            Description, Result,
-            error::errno,
-            sock::{
-                SHUT_BOTH,
-                attributes::{self, RECEIVED_MAX_BYTES},
-                inet::{Connections, address, connection, ended, lock::Ends, md5, repair},
-                queue, state,
-            },
+    res::file::{
+        Description, Result,
+        error::errno,
+        sock::{
+            SHUT_BOTH,
+            attributes::{self, RECEIVED_MAX_BYTES},
+            inet::{Connections, address, connection, ended, lock::Ends, md5, repair, urgent},
+            queue, state,
         },
-        kernel::Kernel,
     },
     sys::{fds, socket},
 };
@@ -152,12 +148,7 @@ impl InetCollector {
 
     /// Returns the pending error of a socket whose connection has ended, as its number.
     fn pending_error(&mut self, file: &Description, what: &str) -> Result<u32> {
-        let open = || Kernel::open().map_err(|error| with_sources(&error));
-        let kernel = self.kernel.get_or_insert_with(open).as_mut().map_err(|why| why.clone());
-        let found = kernel.and_then(|kernel| {
-            ended::read_error(kernel, file.fd.as_fd()).map_err(|error| with_sources(&error))
-        });
-        match found {
+        match self.kernel.read(|kernel| ended::read_error(kernel, file.fd.as_fd())) {
             Ok(found) if ended::can_be_caused(found) => Ok(found.0),
             Ok((0, _)) => {
                 let what = format!("{what}, with messages in its error queue (MSG_ERRQUEUE)");
@@ -185,11 +176,6 @@ impl InetCollector {
         what: &str,
     ) -> Result<Facts> {
         let fd = file.fd.as_fd();
-        let urgent = attributes::polled(fd, PollFlags::POLLPRI).map_err(file.failed("poll"))?;
-        if urgent.contains(PollFlags::POLLPRI) {
-            let what = format!("{what}, with urgent data that its program has not read");
-            return Err(file.unsupported(what, HELP_URGENT));
-        }
         refuse_layers(file, what)?;
         let md5_keys = self.md5_keys(file, family)?;
         let shutdown =
@@ -251,6 +237,10 @@ impl InetCollector {
     fn to_be_ended(file: &Description, what: &str) -> Result<EndedConnection> {
         let fd = file.fd.as_fd();
         let failed = file.failed("peek at the queue of");
+        if urgent::waits(fd).map_err(file.failed("poll"))? {
+            let what = format!("{what}, with urgent data, and its connection has ended");
+            return Err(file.unsupported(what, HELP_URGENT));
+        }
         let bytes = fds::readable_bytes(fd).map_err(&failed)?;
         if bytes > RECEIVED_MAX_BYTES {
             let what = format!(
