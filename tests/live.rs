@@ -413,6 +413,7 @@ states! {
     user_namespace_with_threads;
     network_filters;
     network_outside;
+    network_on_top;
     tun_device;
     tap_queues;
     tap_of_nobody;

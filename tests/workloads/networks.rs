@@ -27,6 +27,7 @@ pub const ROWS: &[Row] = &[
     ("network_settings", network_settings),
     ("network_filters", network_filters),
     ("network_outside", network_outside),
+    ("network_on_top", network_on_top),
 ];
 
 /// Moves into a new network namespace and has `ip(8)` make what the lines say.
@@ -335,6 +336,51 @@ fn network_outside(checkpoint: &Checkpoint) -> Verdict {
     same("the end outside", expected, shown()?)
 }
 
+/// Devices on top of one of the machine, as networks of Docker with the driver macvlan have them.
+fn network_on_top(checkpoint: &Checkpoint) -> Verdict {
+    let failed = |error: std::io::Error| error.to_string();
+    let (own, parent) = (std::process::id(), std::os::unix::process::parent_id());
+    let there = |line: &str| run(&format!("nsenter -t {parent} -n ip {line}"));
+    enter(&["link set lo up"])?;
+    // The device of the machine goes with its other end, which is here.
+    let below = format!("rcriu-{own}");
+    there(&format!("link add {below} type veth peer name end0 netns {own}"))?;
+    there(&format!("link set {below} up"))?;
+    ip("link set end0 up")?;
+    for (name, mode) in [("one", "bridge"), ("two", "bridge"), ("own", "private")] {
+        there(&format!("link add {name} link {below} netns {own} type macvlan mode {mode}"))?;
+        ip(&format!("link set {name} up"))?;
+    }
+    ip("addr add 10.202.0.1/24 dev one")?;
+    ip("addr add fd20::1/64 dev two nodad")?;
+    settle()?;
+    let connected = || {
+        crate::kit::wait_until("the connection", || {
+            ip("link show own").is_ok_and(|shown| shown.contains("LOWER_UP"))
+        })?;
+        settle()
+    };
+    // The kernel numbers the device of the machine.
+    let shown = || -> Result<Vec<String>, String> {
+        let without_number = |line: &String| {
+            let words =
+                line.split_whitespace().map(|word| word.split("@if").next().unwrap_or(word));
+            words.collect::<Vec<_>>().join(" ")
+        };
+        Ok(seen()?.iter().map(without_number).collect())
+    };
+    connected()?;
+    let before = shown()?;
+    checkpoint.wait();
+    connected()?;
+    same("the devices", before, shown()?)?;
+    let socket = UdpSocket::bind("10.202.0.1:0").map_err(failed)?;
+    socket.send_to(b"x", "10.202.0.9:9").map_err(failed)?;
+    ip("link del end0")?;
+    ensure!(ip("link show one").is_err(), "the device is not on top of that of the machine");
+    Ok(())
+}
+
 /// Sockets of a process in its network namespace: a connection, and a datagram that waits. Processes in
 /// other namespaces have the same addresses.
 struct Sockets {
@@ -475,7 +521,9 @@ fn network_namespaces_connected(checkpoint: &Checkpoint) -> Verdict {
         let (len, _) = udp.recv_from(&mut bytes).map_err(failed)?;
         same("a datagram of the other child", &b"hello"[..], &bytes[..len])?;
         child.mark(&format!("done {own}"));
-        child.wait_mark(&format!("done {}", if is_second { "2" } else { "3" }))
+        child.wait_mark(&format!("done {}", if is_second { "2" } else { "3" }))?;
+        // The ends of its devices go with its namespace.
+        child.wait_mark("looked")
     };
     let mut children = Vec::new();
     for (own, is_second) in [("2", false), ("3", true)] {
@@ -508,6 +556,7 @@ fn network_namespaces_connected(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait();
     settle()?;
     same("the network of the root", before, (seen()?, ip("netns list-id")?))?;
+    checkpoint.mark("looked");
     children.into_iter().try_for_each(crate::kit::Child::join)?;
     let mut words = Vec::new();
     for stream in &mut streams {

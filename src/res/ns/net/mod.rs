@@ -8,6 +8,7 @@
 
 mod filter;
 mod links;
+mod make;
 mod options;
 mod others;
 mod outside;
@@ -190,11 +191,11 @@ impl Restoring for Network {
                 peers::number(&self.entry.nsids, number, on).map_err(problem)?;
                 let ends = self.far_ends.iter().map(|end| Ok((end, peers::open(end, on)?)));
                 let ends = ends.collect::<Result<Vec<_>, _>>().map_err(problem)?;
-                self.held = links::make(&self.devices, &here, &ends).map_err(problem)?;
+                self.held = make::make(&self.devices, &here, &ends).map_err(problem)?;
             }
             1 => {
                 self.routes.restore_addresses().map_err(problem)?;
-                links::start(&self.devices).map_err(problem)?;
+                make::start(&self.devices).map_err(problem)?;
             }
             _ => {
                 self.routes.restore().map_err(problem)?;
@@ -209,7 +210,8 @@ impl Restoring for Network {
 
     fn finish(&mut self, _: HostPid) -> Result<()> {
         let number = self.number;
-        let outside = self.devices.iter().filter_map(|device| device.rcriu_link.as_ref());
+        let pairs = self.devices.iter().filter(|device| links::is_veth(device));
+        let outside = pairs.filter_map(|device| device.rcriu_link.as_ref());
         let mut outside = outside.filter_map(|link| link.outside.as_ref());
         let connected = outside.try_for_each(outside::connect);
         connected.map_err(|what: Problem| ResError::Namespace { number, problem: what.0 })

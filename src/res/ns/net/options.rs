@@ -6,7 +6,7 @@ use nix::libc;
 
 use super::{super::join, Restoring, enter, filter, wrong};
 use crate::{
-    image::proto::{NetDeviceEntry, RcriuOutside},
+    image::proto::{NdType, NetDeviceEntry, RcriuOutside},
     inject::Script,
     res::{Result, file::Inherited},
     units::HostPid,
@@ -25,8 +25,9 @@ pub struct Options {
 }
 
 impl Options {
-    /// `external`: namespaces that stay outside of the images, `net[INODE]:NAME`, and ends of pairs of
-    /// devices, `veth[INSIDE]:OUTSIDE@BRIDGE` (`--external`). `inherited`: the namespaces by name
+    /// `external`: namespaces that stay outside of the images, `net[INODE]:NAME`, ends of pairs of
+    /// devices, `veth[INSIDE]:OUTSIDE@BRIDGE`, and devices that others are on top of, `macvlan[INSIDE]:OUTSIDE`
+    /// (`--external`). `inherited`: the namespaces by name
     /// (`--inherit-fd`).
     pub fn new(external: Vec<String>, inherited: Inherited) -> Self {
         Self { external, inherited, is_empty: false }
@@ -54,13 +55,20 @@ impl Options {
         self.find("net", inode.to_string().as_bytes())
     }
 
-    /// Whether the user makes the other end of a device.
+    /// Whether the user makes the other end of a device, or chooses the one below it.
     pub(super) fn has_end(&self, device: &[u8]) -> bool {
-        self.find("veth", device).is_some()
+        self.find("veth", device).or_else(|| self.find("macvlan", device)).is_some()
     }
 
-    /// Has the other ends of devices be what the user says.
+    /// Has the other ends of devices, and those below them, be what the user says.
     pub(super) fn apply(&self, device: &mut NetDeviceEntry) {
+        if device.r#type == i32::from(NdType::Macvlan) {
+            if let Some(below) = self.find("macvlan", &device.name).filter(|it| !it.is_empty()) {
+                let below = RcriuOutside { name: below.into(), ..RcriuOutside::default() };
+                device.rcriu_link.get_or_insert_with(Default::default).outside = Some(below);
+            }
+            return;
+        }
         let Some(end) = self.find("veth", &device.name).filter(|end| !end.is_empty()) else {
             return;
         };
@@ -137,5 +145,11 @@ mod tests {
         assert_eq!((end.name.as_slice(), end.master.as_deref()), (&b"v0"[..], Some(&b"br0"[..])));
         assert_eq!(end.mtu, 1400);
         assert!(options.has_end(b"eth1") && !options.has_end(b"eth2"));
+        let external = vec!["macvlan[mac0]:eth9".to_owned()];
+        let options = Options::new(external, Inherited::default());
+        let r#type = NdType::Macvlan.into();
+        let mut device = NetDeviceEntry { r#type, name: b"mac0".to_vec(), ..device };
+        options.apply(&mut device);
+        assert_eq!(device.rcriu_link.unwrap().outside.unwrap().name, b"eth9");
     }
 }

@@ -1,4 +1,4 @@
-//! The ends of pairs of devices (veth) that are in the namespace of rcriu.
+//! The ends of pairs of devices (veth) that are in the namespace of rcriu, and devices there that others are on top of.
 //!
 //! The restore makes them with their devices, and connects them last: before, no packet of a peer may come that
 //! would find no socket.
@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::{
     Problem,
     links::{self, Link, shown},
+    make,
     routes::{self, Moment},
     warn,
 };
@@ -37,8 +38,11 @@ impl Here {
         Ok(Self { links: links::list()?, addresses: routes::all_addresses()? })
     }
 
-    /// Returns the other end of a device, if it is here.
+    /// Returns the other end of a device, or that which it is on top of, if it is here.
     pub(super) fn end_of(&self, link: &Link) -> Option<RcriuOutside> {
+        if let Some(below) = below(&self.links, link) {
+            return Some(RcriuOutside { name: below.name.clone(), ..RcriuOutside::default() });
+        }
         let end = other_end(&self.links, link)?;
         let mut addresses = Vec::new();
         let of_end =
@@ -65,6 +69,14 @@ pub(super) fn other_end<'a>(here: &'a [Link], link: &Link) -> Option<&'a Link> {
     })
 }
 
+/// Returns the device, among those of the namespace of rcriu, that another one is on top of.
+pub(super) fn below<'a>(here: &'a [Link], link: &Link) -> Option<&'a Link> {
+    /// Kinds of devices that are made from the namespace of the device below.
+    const KINDS: [&[u8]; 5] = [b"macvlan", b"macvtap", b"ipvlan", b"ipvtap", b"vlan"];
+    let is_below = |one: &&Link| Some(one.index) == link.lower;
+    here.iter().find(is_below).filter(|_| KINDS.contains(&link.kind.as_slice()))
+}
+
 /// Opens the network namespace that the calling thread is in.
 ///
 /// # Errors
@@ -82,7 +94,7 @@ pub(super) fn attributes(end: &RcriuOutside, here: &OwnedFd) -> Body {
     if let Some(address) = &end.address {
         body = body.with(links::of::ADDRESS, address);
     }
-    body.number(links::NAMESPACE, here.as_raw_fd().cast_unsigned())
+    body.number(make::NAMESPACE, here.as_raw_fd().cast_unsigned())
 }
 
 /// Gives the end outside its addresses and its bridge, and starts it. The calling thread is in the namespace of
@@ -100,7 +112,7 @@ pub(super) fn connect(end: &RcriuOutside) -> Result<(), Problem> {
     };
     if let Some(master) = &end.master {
         match find(master) {
-            Some(master) => links::join_to(index, master).map_err(about("set the master of"))?,
+            Some(master) => make::join_to(index, master).map_err(about("set the master of"))?,
             None => warn(&format!(
                 "the network device {name} was a port of {}, which does not exist",
                 shown(master)
@@ -109,6 +121,6 @@ pub(super) fn connect(end: &RcriuOutside) -> Result<(), Problem> {
     }
     let addresses = end.addresses.as_deref().unwrap_or_default();
     routes::add_addresses(index, addresses, Moment::Down)?;
-    links::set_flags(index, end.flags).map_err(about("set the flags of"))?;
+    make::set_flags(index, end.flags).map_err(about("set the flags of"))?;
     routes::add_addresses(index, addresses, Moment::Up)
 }
