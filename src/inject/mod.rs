@@ -15,6 +15,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 mod tracee;
+mod userfault;
 
 pub use birth::Wanted;
 pub use cgroup::Freezable;
@@ -28,3 +29,4 @@ pub use scratch::{Scratch, TABLE_BYTES};
 pub use script::{Answers, Arg, Buffer, CallId, Script};
 pub use session::{Session, with_session};
 pub use tracee::{Tracee, registers_to_resume, try_to_suspend_filters};
+pub use userfault::{RunPaused, make_userfault};

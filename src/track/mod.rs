@@ -22,7 +22,7 @@ use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
 use nix::errno::Errno;
 
 use crate::{
-    inject::{Scratch, TABLE_BYTES, Task, Tracee, with_session},
+    inject::{RunPaused, Scratch, TABLE_BYTES, Task, Tracee, with_session},
     proc::{self, Mapping, VmFlags},
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
@@ -174,7 +174,7 @@ impl Watch {
         thread: &mut Tracee,
     ) -> Result<Option<Self>, TrackError> {
         let request = Request { tracker, since: None, restart: true };
-        let run: &mut wp::Run = &mut |script, act| scratch.run_paused(thread, script, act);
+        let run: &mut RunPaused<'_> = &mut |script, act| scratch.run_paused(thread, script, act);
         let make = &mut || wp::make(pid, run);
         let watch = Self::begin_with(request, pid, Vec::new(), mappings, make)?;
         let Some(watch) = watch else { return Ok(None) };

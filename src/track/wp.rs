@@ -1,15 +1,13 @@
 //! Asynchronous write protection: making the userfaultfd of another process.
 
-use nix::{errno::Errno, libc};
-
 use super::TrackError;
 use crate::{
-    inject::{self, Answers, Script},
+    inject::{self, RunPaused},
     sys::{
-        Features, process,
+        Features,
         userfaultfd::{MAKE_FLAGS, WriteProtect},
     },
-    units::{HostPid, TargetFd},
+    units::HostPid,
 };
 
 /// Whether the kernel has it, with what goes with it.
@@ -18,28 +16,12 @@ pub(super) fn is_there() -> bool {
     features.pagemap_scan && features.write_protect_private
 }
 
-/// What lets the process make the calls of a script, and acts when that pauses.
-pub(super) type Run<'a> =
-    dyn FnMut(&Script, &mut dyn FnMut(&Answers)) -> inject::Result<Answers> + 'a;
-
-/// Makes a userfaultfd for a stopped process, which has no descriptor of it
-/// afterwards: one of its threads makes it and closes it again.
+/// Makes a userfaultfd for a stopped process.
 ///
 /// # Errors
 /// [`TrackError::Inject`]; [`TrackError::Kernel`].
-pub(super) fn make(pid: HostPid, run: &mut Run<'_>) -> Result<WriteProtect, TrackError> {
-    let pidfd = process::pidfd_open(pid).map_err(TrackError::kernel(pid, "open a descriptor"))?;
-    let mut script = Script::new();
-    let flags = [MAKE_FLAGS.into()];
-    let made = script.call("make a userfaultfd", libc::SYS_userfaultfd, &flags);
-    script.pause();
-    script.attempt(libc::SYS_close, &[made.into()]);
-    let mut fd = Err(Errno::EBADF);
-    run(&script, &mut |so_far| {
-        fd = so_far.result(made).and_then(|number| {
-            process::pidfd_getfd(&pidfd, TargetFd(i32::try_from(number).expect("small")))
-        });
-    })?;
-    let fd = fd.map_err(TrackError::kernel(pid, "take the userfaultfd"))?;
+pub(super) fn make(pid: HostPid, run: &mut RunPaused<'_>) -> Result<WriteProtect, TrackError> {
+    let fd = inject::make_userfault(pid, MAKE_FLAGS, run)?;
+    let fd = fd.map_err(TrackError::kernel(pid, "make a userfaultfd"))?;
     WriteProtect::set_up(fd).map_err(TrackError::kernel(pid, "set up the userfaultfd"))
 }
