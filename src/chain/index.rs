@@ -326,6 +326,16 @@ impl Index {
         self.extents.partition_point(|piece| piece.end() <= page)
     }
 
+    /// Returns the pages of `range` that are in extents, in ascending order.
+    pub fn stored_within(
+        &self,
+        range: Range<PageIndex>,
+    ) -> impl Iterator<Item = Range<PageIndex>> + '_ {
+        let extents = (self.position(range.start)..).map_while(|position| self.extent(position));
+        let inside = extents.take_while(move |extent| extent.first < range.end);
+        inside.map(move |extent| extent.first.max(range.start)..extent.end().min(range.end))
+    }
+
     /// Returns the extent that holds `page`; `None` if the page is zero.
     pub fn find(&self, page: PageIndex) -> Option<Extent> {
         self.extent(self.position(page)).filter(|extent| extent.first <= page)

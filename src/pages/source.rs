@@ -30,19 +30,12 @@ impl Chunks {
         let index = memory.index();
         let mut chunks = Vec::new();
         for range in ranges {
-            let mut position = index.position(range.start);
-            while let Some(extent) = index.extent(position) {
-                if extent.first >= range.end {
-                    break;
-                }
-                let mut first = extent.first.max(range.start);
-                let end = extent.end().min(range.end);
+            for Range { start: mut first, end } in index.stored_within(range.clone()) {
                 while first < end {
                     let pages = CHUNK_PAGES.min(end.0 - first.0);
                     push(&mut chunks, Chunk { first, pages });
                     first.0 += pages;
                 }
-                position += 1;
             }
         }
         Self(chunks)
