@@ -91,6 +91,12 @@ pub fn close_inherited() -> io::Result<()> {
     close_ranges([(FIRST_OTHER, libc::c_uint::MAX)])
 }
 
+/// Replaces the standard input by `/dev/null`.
+pub fn forget_stdin() -> io::Result<()> {
+    let null = File::open("/dev/null")?;
+    Ok(dup2_stdin(&null)?)
+}
+
 /// The first descriptor after the standard streams.
 const FIRST_OTHER: libc::c_uint = libc::STDERR_FILENO.cast_unsigned() + 1;
 

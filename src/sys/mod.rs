@@ -3,6 +3,7 @@
 pub mod cancel;
 pub mod commit;
 pub mod daemon;
+pub mod dead_man;
 mod descriptors;
 pub mod fanotify;
 pub mod fds;
@@ -12,6 +13,7 @@ pub mod heap;
 pub mod kernel_memory;
 pub mod loan;
 pub mod lock;
+pub mod missing;
 pub mod mounts;
 pub mod mqueue;
 pub mod namespace;

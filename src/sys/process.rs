@@ -147,6 +147,18 @@ pub fn end(pidfd: impl AsFd) -> End {
     }
 }
 
+/// Kills the process of a pidfd (`SIGKILL`).
+///
+/// # Errors
+/// `ESRCH` if it has been reaped.
+pub fn kill_pidfd(pidfd: impl AsFd) -> Result<(), Errno> {
+    let (fd, nothing) = (pidfd.as_fd().as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: without a `siginfo_t`, the call only takes numbers.
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, nothing, 0) };
+    Errno::result(result).map(drop)
+}
+
 /// What [`kcmp`] compares (`linux/kcmp.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shared {

@@ -1,4 +1,5 @@
-//! Asynchronous write protection by `userfaultfd(2)`: the kernel lets writes pass and records them.
+//! `userfaultfd(2)`: asynchronous write protection, where the kernel lets writes pass and records
+//! them. [`super::missing`] has the other use, pages that are supplied on demand.
 //!
 //! A descriptor belongs to the memory of the process that has created it, but any process that has
 //! it may register ranges of that memory.
@@ -18,7 +19,7 @@ use crate::units::RemoteAddr;
 pub const MAKE_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
 
 /// `UFFD_API` (`linux/userfaultfd.h`).
-const UFFD_API: u64 = 0xaa;
+pub(super) const UFFD_API: u64 = 0xaa;
 
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` (Linux 5.19), `UFFD_FEATURE_WP_UNPOPULATED`
 /// (Linux 6.4) and `UFFD_FEATURE_WP_ASYNC` (Linux 6.7).
@@ -29,33 +30,33 @@ const REGISTER_MODE_WP: u64 = 1 << 1;
 
 /// `struct uffdio_api` (`linux/userfaultfd.h`).
 #[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
+pub(super) struct Api {
+    pub(super) api: u64,
+    pub(super) features: u64,
+    pub(super) ioctls: u64,
 }
 
 const _: () = assert!(size_of::<Api>() == 24);
 
 /// `struct uffdio_register` (`linux/userfaultfd.h`).
 #[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
+pub(super) struct Register {
+    pub(super) start: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
 }
 
 const _: () = assert!(size_of::<Register>() == 32);
 
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`.
-const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+pub(super) const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
 /// `_IOWR(0xaa, 0x00, struct uffdio_register)`.
-const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+pub(super) const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
 
 /// Returns the number of an ioctl that reads and writes a structure of `bytes`
 /// (`asm-generic/ioctl.h`).
-const fn iowr(number: u8, bytes: usize) -> libc::Ioctl {
+pub(super) const fn iowr(number: u8, bytes: usize) -> libc::Ioctl {
     3 << 30 | (bytes as libc::Ioctl) << 16 | 0xaa << 8 | number as libc::Ioctl
 }
 
