@@ -4,16 +4,20 @@
 //! the process kill itself there, as `kill -9` or a power cut would;
 //! `NAME:kill:3` does so when it comes by for the third time, and `NAME:kill-both:3`
 //! also kills the process that waits for it;
-//! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look.
+//! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look; `NAME:hold:PATH` makes the thread
+//! wait there while a file PATH exists.
 //! `RCRIU_WITHOUT=NAME,NAME` makes the programs take the kernel for an older one.
 //! Compiled always, so that what is tested is what is shipped.
 
 use std::{
     env, fs,
+    path::PathBuf,
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    thread,
+    time::Duration,
 };
 
 use nix::{
@@ -71,6 +75,7 @@ named! {
         RestoreFiles = "restore-files": "After the descriptors were installed.";
         RestoreThreads = "restore-threads": "After all threads were made.";
         RestoreLast = "restore-last": "Before the first process is let go.";
+        PagerAhead = "pager-ahead": "After the pager of a lazy restore has read a part ahead.";
         DedupMade = "dedup-made": "After all new files were made, before any file is replaced.";
         DedupLinked = "dedup-linked": "After new pages and the link are in place, before any pagemap is.";
         DedupReplacing = "dedup-replacing": "After the first pagemap was replaced.";
@@ -128,7 +133,12 @@ enum Action {
         both: bool,
     },
     Stop,
+    /// The thread waits while this file exists.
+    Hold(PathBuf),
 }
+
+/// The pause between two looks for the file of [`Action::Hold`].
+const HOLD_NAP: Duration = Duration::from_millis(2);
 
 fn chosen() -> Option<&'static (String, Action)> {
     static CHOSEN: OnceLock<Option<(String, Action)>> = OnceLock::new();
@@ -141,6 +151,7 @@ fn chosen() -> Option<&'static (String, Action)> {
             "kill" => Action::Kill { time, both: false },
             "kill-both" => Action::Kill { time, both: true },
             "stop" => Action::Stop,
+            "hold" => Action::Hold(how.split_once(':').map_or("", |(_, path)| path).into()),
             _ => Action::Fail,
         };
         Some((name.to_owned(), action))
@@ -176,6 +187,11 @@ pub fn hit(point: Point) -> Result<(), Injected> {
                 }
                 Action::Kill { .. } => {}
                 Action::Stop => drop(raise(Signal::SIGSTOP)),
+                Action::Hold(path) => {
+                    while path.exists() {
+                        thread::sleep(HOLD_NAP);
+                    }
+                }
             }
             Ok(())
         }

@@ -17,6 +17,7 @@ pub mod fault;
 pub mod fs;
 pub mod image;
 pub mod inject;
+pub mod lazy;
 pub mod page_server;
 pub mod pages;
 pub mod parallel;

@@ -26,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("track", &["causes", "inject", "proc", "sys", "units"]),
     ("res", &["causes", "inject", "proc", "sys", "arch", "image", "units", "fault"]),
     ("pages", &["parallel", "track", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("lazy", &["causes", "parallel", "proc", "chain", "image", "res", "sys", "units", "fault"]),
     ("dedup", &["parallel", "chain", "image", "sys", "units", "fault"]),
     ("page_server", &["pages", "chain", "image", "sys", "units", "fault"]),
     (
@@ -38,15 +39,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "dump",
         &[
-            "causes", "action", "step", "dedup", "pages", "res", "track", "inject", "proc",
+            "causes", "action", "step", "dedup", "lazy", "pages", "res", "track", "inject", "proc",
             "chain", "arch", "image", "sys", "units", "fault",
         ],
     ),
     (
         "restore",
         &[
-            "causes", "parallel", "action", "step", "pages", "res", "track", "inject", "proc",
-            "chain", "arch", "image", "sys", "units", "fault",
+            "causes", "parallel", "action", "step", "lazy", "pages", "res", "track", "inject",
+            "proc", "chain", "arch", "image", "sys", "units", "fault",
         ],
     ),
     (
@@ -57,6 +58,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "step",
             "dump",
             "inject",
+            "lazy",
             "restore",
             "dedup",
             "page_server",

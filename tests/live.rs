@@ -156,6 +156,10 @@ states! {
     many_areas;
     droppable;
     vast;
+    on_demand;
+    on_demand_moved;
+    on_demand_forked;
+    on_demand_threads;
     rounds, elsewhere: restored;
     vdso, elsewhere: restored;
     threads, elsewhere: restored running;

@@ -130,6 +130,7 @@ const ROWS: &[Row] = &[
             ("track-mem", restored_track_mem),
             ("tracker", restored_tracker),
             ("auto-dedup", restored_auto_dedup),
+            ("lazy", restored_lazy),
             ("ext-unix-sk", ext_unix_sk),
             ("tcp-established", tcp_established),
             ("tcp-close", tcp_close),
@@ -1485,6 +1486,18 @@ fn restored_auto_dedup(_: &str) {
     let before = sum();
     fine(run.restore(&["--auto-dedup"]));
     assert!(sum() < before / 2, "{before} {}", sum());
+}
+
+fn restored_lazy(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--lazy"]));
+    let log = run.images().join("pager.log");
+    // It says nothing at the usual level.
+    wait_for("the log of the pager", || log.exists());
+    let output = run.restore(&["--lazy", "--auto-dedup"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("--lazy cannot be used with --auto-dedup"), "{said}");
 }
 
 /// A network namespace whose loopback device is up before and after, but has its own addresses only.

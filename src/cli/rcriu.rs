@@ -12,7 +12,7 @@ use super::{
     Common, page_server, report, service, show,
     task::{self, Task, TaskWords},
 };
-use crate::{causes::is_called_criu, sys::heap, track::keeper};
+use crate::{causes::is_called_criu, lazy, sys::heap, track::keeper};
 
 /// Checkpoint and restore process trees
 ///
@@ -156,6 +156,9 @@ Examples:
 pub fn main() -> ExitCode {
     if env::args_os().next().is_some_and(|name| name == keeper::NAME) {
         return keeper::main(&env::args().skip(1).collect::<Vec<_>>());
+    }
+    if env::args_os().next().is_some_and(|name| name == lazy::NAME) {
+        return task::pager(&env::args_os().skip(1).collect::<Vec<_>>());
     }
     heap::grow_in_few_steps();
     let prepared = match task::prepare(env::args_os().collect()) {

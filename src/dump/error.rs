@@ -2,7 +2,9 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{dedup::DedupError, pages::PagesError, step::StepError, units::HostPid};
+use crate::{
+    dedup::DedupError, lazy::LazyError, pages::PagesError, step::StepError, units::HostPid,
+};
 
 /// The result of a step of a dump.
 pub type Result<T, E = DumpError> = std::result::Result<T, E>;
@@ -43,6 +45,9 @@ pub enum DumpError {
         /// Bytes that are needed.
         needed: u64,
     },
+    /// The memory of the tree is not all there, and the wait for that failed.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// This program is a descendant of the root of the tree.
     #[error(
         "rcriu itself is in the tree of process {pid}, and cannot dump itself\nhelp: run it from \

@@ -34,7 +34,7 @@ pub use crate::track::Tracker;
 use crate::{
     action::{Actions, Stage},
     arch,
-    causes::with_sources,
+    causes::{tell, with_sources},
     chain::{self, Chain, SnapshotId},
     dedup,
     fault::{self, Point},
@@ -45,7 +45,7 @@ use crate::{
         tree::{ArenaIds, Arenas},
     },
     inject::{Frozen, Outcome, living},
-    proc,
+    lazy, proc,
     res::{
         file::{DumpOptions, FileTable},
         ns, tree as common,
@@ -84,6 +84,10 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let images_dir = check_directory(&store.images_dir)?;
     check_outside(root)?;
+    lazy::await_pagers(root, &mut |pid| {
+        let message = format!("waits until the pager of process {pid} has supplied all memory");
+        tell(log::Level::Info, &message);
+    })?;
     let actions = Actions::new(actions, &images_dir);
     let mut locks = DirectoryLocks::default();
     locks.take(&images_dir, Access::Exclusive)?;

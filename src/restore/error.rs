@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use nix::errno::Errno;
 
 use crate::{
+    lazy::LazyError,
     res::file::FileError,
     step::StepError,
     units::{HostPid, NsPid, RemoteAddr},
@@ -48,6 +49,19 @@ pub enum RestoreError {
         /// How it is related to which process.
         problem: String,
     },
+    /// Memory could not be prepared for a restore on demand.
+    #[error("{step} for process {pid} (--lazy){}", userfault_help(*source))]
+    Userfault {
+        /// The process.
+        pid: HostPid,
+        /// The step that failed.
+        step: &'static str,
+        /// The cause.
+        source: Errno,
+    },
+    /// Memory cannot be restored on demand.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// A process could not be made.
     #[error("make process {pid}{}", spawn_help(*source))]
     Spawn {
@@ -196,5 +210,16 @@ fn spawn_help(source: Errno) -> &'static str {
          pid namespace of their own, which an ordinary user may restore: unshare -Urpf"
     } else {
         ""
+    }
+}
+
+fn userfault_help(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EPERM => {
+            "\nhelp: restore it without --lazy, or as root outside of user namespaces: pages on demand \
+             need CAP_SYS_PTRACE, since system calls wait for them, too"
+        }
+        Errno::ENOSYS => "\nhelp: restore it without --lazy: this kernel has no userfaultfd",
+        _ => "",
     }
 }

@@ -63,7 +63,7 @@ impl Layout {
     /// Compares the inherited mappings with the wanted ones; `memory` is the stored memory
     /// of the parent.
     pub(super) fn new(inherited: &[VmaEntry], memory: Option<&MemoryBytes>, wanted: &Body) -> Self {
-        let mut layout = Self::of_mappings(inherited, &wanted.vmas);
+        let mut layout = Self::of_mappings(inherited, wanted);
         let Some(memory) = memory else { return layout };
         for entry in wanted.vmas.iter().filter(|entry| is_huge(entry)) {
             let huge = mapping::page_bytes(entry) >> PAGE_SHIFT;
@@ -77,17 +77,19 @@ impl Layout {
         layout
     }
 
-    fn of_mappings(inherited: &[VmaEntry], wanted: &[VmaEntry]) -> Self {
+    fn of_mappings(inherited: &[VmaEntry], wanted: &Body) -> Self {
         let places = |vmas: &[VmaEntry]| -> Vec<(u64, u64, u32)> {
             vmas.iter()
                 .filter(|entry| mapping::is_vdso(entry))
                 .map(|entry| (entry.start, entry.end, entry.status & KINDS))
                 .collect()
         };
-        let vdso_kept = !inherited.is_empty() && places(inherited) == places(wanted);
+        let vdso_kept = !inherited.is_empty() && places(inherited) == places(&wanted.vmas);
         let mut kept: Vec<Range<u64>> = Vec::new();
         let mut from = 0;
-        for entry in wanted.iter().filter(|entry| !mapping::is_vdso(entry)) {
+        // Pages that the process inherits would stand in the way of those that come later.
+        let kept_of = |entry: &&VmaEntry| !mapping::is_vdso(entry) && !wanted.is_lazy(entry);
+        for entry in wanted.vmas.iter().filter(kept_of) {
             while inherited.get(from).is_some_and(|other| other.end <= entry.start) {
                 from += 1;
             }
@@ -161,20 +163,13 @@ fn is_same(a: &VmaEntry, b: &VmaEntry) -> bool {
                 && a.pgoff.wrapping_sub(a.start) == b.pgoff.wrapping_sub(b.start))
 }
 
-/// Whether the images hold private pages of the mapping.
-fn is_filled(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> bool {
-    mapping::is_private(entry)
-        && !mapping::is_vdso(entry)
-        && memory.is_some_and(|memory| {
-            let index = memory.index();
-            let next = index.extent(index.position(PageIndex::holding(entry.start)));
-            next.is_some_and(|extent| extent.first.address() < entry.end)
-        })
-}
-
 /// The protection of a mapping while it is filled.
-fn filling_protection(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> u32 {
-    let write = if is_filled(entry, memory) { libc::PROT_WRITE.cast_unsigned() } else { 0 };
+fn filling_protection(entry: &VmaEntry, body: &Body) -> u32 {
+    let write = if body.is_filled(entry) && !body.is_lazy(entry) {
+        libc::PROT_WRITE.cast_unsigned()
+    } else {
+        0
+    };
     entry.prot | write
 }
 
@@ -267,7 +262,7 @@ pub(super) fn arrange(
                 &[
                     part.start.into(),
                     (part.end - part.start).into(),
-                    filling_protection(entry, body.memory.as_ref()).into(),
+                    filling_protection(entry, body).into(),
                     flags.into(),
                     fd.into(),
                     offset.into(),
@@ -277,11 +272,11 @@ pub(super) fn arrange(
     }
     // Kept mappings may have another protection.
     for entry in &body.vmas {
-        if !is_filled(entry, body.memory.as_ref()) {
+        if !body.is_filled(entry) {
             continue;
         }
         for part in layout.parts(entry.start, entry.end, true) {
-            protect(script, part, filling_protection(entry, body.memory.as_ref()));
+            protect(script, part, filling_protection(entry, body));
         }
     }
     layout.renewed.iter().for_each(|pages| drop_range(pages, script));
@@ -310,8 +305,10 @@ pub(super) fn fill(
     free: Option<&Free>,
 ) -> Result<Filled> {
     let Some(memory) = &body.memory else { return Ok(Filled::default()) };
-    let private =
-        || body.vmas.iter().filter(|entry| mapping::is_private(entry) && !mapping::is_vdso(entry));
+    let is_eager = |entry: &&VmaEntry| {
+        mapping::is_private(entry) && !mapping::is_vdso(entry) && !body.is_lazy(entry)
+    };
+    let private = || body.vmas.iter().filter(is_eager);
     let parts =
         |kept: bool| private().flat_map(move |entry| layout.parts(entry.start, entry.end, kept));
     let mut fresh: Vec<_> = parts(false).map(|part| pages(&part)).collect();
@@ -458,7 +455,7 @@ pub(super) fn finish(body: &Body, layout: &Layout, script: &mut Script) {
         );
     }
     for entry in body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)) {
-        let now = filling_protection(entry, body.memory.as_ref());
+        let now = filling_protection(entry, body);
         let inherited = !layout.parts(entry.start, entry.end, true).is_empty();
         if now != entry.prot || inherited {
             protect(script, entry.start..entry.end, entry.prot);

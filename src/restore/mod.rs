@@ -7,6 +7,7 @@
 mod apply;
 mod error;
 mod free;
+mod lazy;
 mod memory;
 mod objects;
 mod options;
@@ -19,7 +20,7 @@ mod tracees;
 mod tracking;
 mod tree;
 
-use std::{io::Write, ops::Range, thread};
+use std::{io::Write, ops::Range, path::Path, thread};
 
 pub use error::{RestoreError, Result};
 pub use options::{AutoDedup, Options, Relations, Release, Store, Then};
@@ -29,6 +30,7 @@ use crate::{
     arch,
     causes::{tell, with_sources},
     fault::{self, Point},
+    lazy::{Log, Pager},
     parallel, proc,
     res::{calls::OfRestorer, file::RestoreOptions},
     step::StepError,
@@ -57,8 +59,18 @@ const TABLE_BYTES: usize = 256 << 10;
 /// # Errors
 /// Why the tree was not restored; no process of it is left.
 pub fn run(options: &Options) -> Result<HostPid> {
-    let Options { store, relations, release, common, namespaces, files, track, actions, stats } =
-        options;
+    let Options {
+        store,
+        relations,
+        release,
+        common,
+        namespaces,
+        files,
+        lazy,
+        track,
+        actions,
+        stats,
+    } = options;
     let Store { images_dir, free } = store;
     let stats_options = stats;
     arch::check_built()?;
@@ -72,12 +84,17 @@ pub fn run(options: &Options) -> Result<HostPid> {
     actions.run(Stage::PreRestore, None)?;
     source::require_whole(&images)?;
     let mut locks = DirectoryLocks::default();
+    // The directory to read, and whether to lock it.
+    let mut place = (images.clone(), true);
     let mut plan = match source::behind_mount(&images) {
         Some(behind) if free.is_some() => {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
         // The daemon of the mount has locked them.
-        Some(behind) => Plan::read(&behind, *relations, namespaces, None)?,
+        Some(behind) => {
+            place = (behind, false);
+            Plan::read(&place.0, *relations, namespaces, None)?
+        }
         None => {
             let changes = free.is_some();
             let access = if changes { Access::Exclusive } else { Access::Shared };
@@ -86,6 +103,9 @@ pub fn run(options: &Options) -> Result<HostPid> {
     };
     plan.parent_exits = release.then == Then::Exit && !relations.sibling;
     plan.chain.require_whole(plan.snapshot)?;
+    if lazy.is_some() {
+        plan.make_lazy();
+    }
     let free = free.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
     if let Some(lost) = plan.clocks_lost() {
         let message = format!(
@@ -107,7 +127,8 @@ pub fn run(options: &Options) -> Result<HostPid> {
     };
     // If the restore fails, this program reaps what is left.
     subreaper(true)?;
-    let groups = Groups { relations: *relations, release, files, track: *track };
+    let lazy = lazy.as_ref().map(|log| (log, (place.0.as_path(), place.1)));
+    let groups = Groups { relations: *relations, release, files, lazy, track: *track };
     let restored = restore(groups, &actions, &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
     let restored = restored.map_err(|error| error.located(|id| plan.place_of(id)));
@@ -152,11 +173,13 @@ struct Groups<'a> {
     relations: Relations,
     release: &'a Release,
     files: &'a RestoreOptions,
+    /// The log of the pager; the directory that it reads, and whether it locks that.
+    lazy: Option<(&'a Log, (&'a Path, bool))>,
     track: track::Options,
 }
 
 fn restore(
-    Groups { relations, release, files: file_options, track }: Groups<'_>,
+    Groups { relations, release, files: file_options, lazy, track }: Groups<'_>,
     actions: &Actions<'_>,
     plan: &Plan,
     free: Option<&Free>,
@@ -210,6 +233,10 @@ fn restore(
         actions.run(Stage::SetupNamespaces, first)?;
         puppets.make(&workshop)?;
         stats.forked(puppets.filled);
+        let pager = match lazy {
+            Some((log, place)) => lazy::begin(log, place, plan, &mut puppets)?,
+            None => None,
+        };
         let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
         let own = OfRestorer::read_with(root, plan.pids.ids())?;
@@ -226,8 +253,12 @@ fn restore(
         actions.run(Stage::PostRestore, Some(root))?;
         actions.run(Stage::NetworkUnlock, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);
+        if let Some(pager) = &pager {
+            pager.check()?;
+        }
         files.reconnect()?;
         puppets.release()?;
+        pager.map_or(Ok(()), Pager::release)?;
         plan.common.iter().for_each(|kind| kind.keep());
         if let Some(tracking) = tracking {
             tracking.commit();

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    action,
+    action, lazy,
     res::{file, ns, tree},
     step::stats,
     track,
@@ -23,6 +23,8 @@ pub struct Options {
     pub(crate) common: tree::RestoreOptions,
     pub(crate) namespaces: ns::Options,
     pub(crate) files: file::RestoreOptions,
+    /// Restore memory on demand, with a pager that logs there (`--lazy`).
+    pub(crate) lazy: Option<lazy::Log>,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,
     pub(crate) stats: stats::Options,

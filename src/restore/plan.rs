@@ -8,13 +8,16 @@ use super::{Relations, RestoreError, Result, pids::Waiting};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
-        Directory, Kind, MemoryId, Store, proto,
+        Directory, Kind, MemoryId, Store,
+        proto::{self, VmaEntry},
         store::NO_DIRECTORY,
         tree::{self, Arena, Arenas, Births, Kin, place},
     },
+    lazy,
     res::{
         calls::OfRestorer,
         file::{self, Installer, RestoreOptions},
+        mm::mapping,
         ns,
         task::{self, DEAD},
         tree as common,
@@ -56,12 +59,29 @@ pub(super) struct Body {
     pub(super) fds: Vec<proto::FdinfoEntry>,
     /// Its private memory by address, unless it shares that of an earlier process.
     pub(super) memory: Option<MemoryBytes>,
+    /// Whether pages are restored on demand where that is possible (`--lazy`).
+    pub(super) lazy: bool,
 }
 
 impl Body {
     /// Returns what kinds of a process's state are told of it before it is made.
     pub(super) fn planned(&self) -> task::Planned<'_> {
         task::Planned { mm: &self.mm, fs: &self.fs }
+    }
+
+    /// Whether the images hold private pages of a mapping.
+    pub(super) fn is_filled(&self, entry: &VmaEntry) -> bool {
+        mapping::is_private(entry)
+            && !mapping::is_vdso(entry)
+            && self.memory.as_ref().is_some_and(|memory| {
+                let range = PageIndex::holding(entry.start)..PageIndex::holding(entry.end);
+                memory.index().stored_within(range).next().is_some()
+            })
+    }
+
+    /// Whether the pages of a mapping are restored on demand.
+    pub(super) fn is_lazy(&self, entry: &VmaEntry) -> bool {
+        self.lazy && lazy::can_wait(entry) && self.is_filled(entry)
     }
 }
 
@@ -224,6 +244,13 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Has memory restored on demand where that is possible.
+    pub(super) fn make_lazy(&mut self) {
+        for body in self.tasks.iter_mut().filter_map(|task| task.body.as_mut()) {
+            body.lazy = true;
+        }
+    }
+
     /// Plans a process, and finds its memory.
     fn task(&self, task: tree::Task, position: usize, all: &[Kin]) -> Result<TaskPlan> {
         let kin = all[position];
@@ -244,7 +271,7 @@ impl Plan {
             }
             let memory = memory.filter(|memory| !memory.is_empty());
             let tree::Body { mm, vmas, guards, fs, fds, ids: _ } = body;
-            Ok(Body { mm, vmas, guards, fs, fds, memory })
+            Ok(Body { mm, vmas, guards, fs, fds, memory, lazy: false })
         });
         Ok(TaskPlan {
             pid: kin.pid,

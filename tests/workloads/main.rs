@@ -35,6 +35,7 @@ mod mqueues;
 mod namespaces;
 mod networks;
 mod odd_files;
+mod on_demand;
 mod owners;
 mod pidfds;
 mod refused;
@@ -71,6 +72,7 @@ type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
 const GROUPS: &[&[Row]] = &[
     memory::ROWS,
+    on_demand::ROWS,
     aio::ROWS,
     hugetlb::ROWS,
     rounds::ROWS,

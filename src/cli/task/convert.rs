@@ -11,16 +11,19 @@ use nix::{
     unistd::{AccessFlags, faccessat},
 };
 
-use super::options::{
-    AutoDedupName, CpuCap, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups,
-    NetworkLock, TaskArgs, TrackerName, TreeArgs, Verbosity,
+use super::{
+    log,
+    options::{
+        AutoDedupName, CpuCap, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups,
+        NetworkLock, TaskArgs, TrackerName, TreeArgs, Verbosity,
+    },
 };
 use crate::{
     action,
     cli::dedup::Work,
     dedup, dump,
     inject::{FreezeOptions, Outcome},
-    page_server,
+    lazy, page_server,
     pages::ServerPlace,
     res::{
         file::{
@@ -40,6 +43,9 @@ use crate::{
     track::{self, Tracker},
     units::HostPid,
 };
+
+/// The log of the pager of a detached tree, in the work directory.
+const PAGER_LOG: &str = "pager.log";
 
 /// Errors of a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -71,6 +77,11 @@ pub(super) enum UsageError {
     Properties(String, #[source] cgroup::SelectionError),
     #[error("read {path}: {problem}", path = .path.display())]
     PropertiesFile { path: PathBuf, problem: String },
+    #[error(
+        "--lazy cannot be used with --auto-dedup: the pager needs the pages until all are there\n\
+         help: free them afterwards, with `rcriu dedup` or by removing the images"
+    )]
+    LazyFreeing,
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
     #[error("no page server given\nhelp: use --address ADDRESS and --port PORT, or --ps-socket FD")]
@@ -318,7 +329,15 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     if args.tree.restore_sibling && !args.tree.restore_detached {
         return Err(UsageError::SiblingNotDetached);
     }
+    if args.memory.lazy && args.memory.auto_dedup.is_some() {
+        return Err(UsageError::LazyFreeing);
+    }
     let pidfile = args.tree.pidfile.as_ref();
+    // A pager of a detached tree must not keep the caller's streams open.
+    let is_watched = !args.tree.restore_detached && !args.tree.exec_cmd;
+    let pager_log = (!is_watched).then(|| work_dir(&args.images).join(PAGER_LOG));
+    let lazy =
+        args.memory.lazy.then(|| lazy::Log { file: pager_log, level: log::level(verbosity(args)) });
     Ok(restore::Options {
         store: restore::Store {
             images_dir: args.images.images_dir.clone(),
@@ -350,6 +369,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             validation: validation(args),
             inherited: Inherited::new(args.around.inherit_fd.clone()),
         },
+        lazy,
         track: track(args),
         actions: actions(args),
         stats: stats(args),

@@ -58,6 +58,20 @@ fn write_as_criu(
 /// Sends messages to `file`, or to standard output if that is `-`, and errors also to standard
 /// error; without a file, sends all messages to standard error.
 pub(super) fn start(file: Option<&Path>, level: LevelFilter, style: Style) -> anyhow::Result<()> {
+    start_with(file, Existing::Replaced, level, style)
+}
+
+/// Like [`start`], but continues a file.
+pub(super) fn start_continued(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<()> {
+    start_with(file, Existing::Continued, level, Style::Own)
+}
+
+fn start_with(
+    file: Option<&Path>,
+    existing: Existing,
+    level: LevelFilter,
+    style: Style,
+) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut builder = Builder::new();
     builder.filter_level(level);
@@ -73,7 +87,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter, style: Style) -> an
             if path == Path::new("-") {
                 builder.target(Target::Stdout);
             } else {
-                let file = output::create(path, Existing::Replaced);
+                let file = output::create(path, existing);
                 let file = file.with_context(|| format!("open log file {}", path.display()))?;
                 builder.target(Target::Pipe(Box::new(file)));
             }

@@ -20,7 +20,7 @@ pub(super) use self::{
     options::size_bytes,
     run::{
         PageServerOptions, Requested, ServiceOptions, page_server_for_client, page_server_options,
-        refuse_client, run, run_for_client, service_options, start_server_log,
+        pager, refuse_client, run, run_for_client, service_options, start_server_log,
     },
 };
 use self::{

@@ -134,6 +134,12 @@ pub(super) struct MemoryArgs {
     /// How a pre-dump reads memory; rcriu does the same in both modes
     #[arg(long, value_enum, value_name = "MODE")]
     pub pre_dump_mode: Option<PreDumpMode>,
+    /// Let the tree run at once, and restore its private memory when it is needed
+    ///
+    /// A process called rcriu-pager supplies the pages, and ends when all are there. If it fails
+    /// before, it ends the tree.
+    #[arg(long)]
+    pub lazy: bool,
     /// Restore memory on demand, from a lazy-pages server
     #[arg(long)]
     pub lazy_pages: bool,

@@ -30,7 +30,7 @@ use crate::{
     dump, fault,
     image::{Directory, ImageWriter, Kind},
     inject::{self, Repair},
-    page_server,
+    lazy, page_server,
     res::{file, tree::processor},
     restore,
     sys::{
@@ -396,6 +396,15 @@ fn dedup(args: &TaskArgs, given: &[Given]) -> ExitCode {
         return ExitCode::from(exit::FAILED);
     }
     answer(|out| dedup::run(&work, args.dedup.json, out), exit::FAILED, exit::FAILED)
+}
+
+/// Runs the pager of a lazy restore, which has these arguments, and returns its exit code.
+pub(in crate::cli) fn pager(arguments: &[OsString]) -> ExitCode {
+    lazy::pager::main(arguments, |log| {
+        if let Err(error) = task_log::start_continued(log.file.as_deref(), log.level) {
+            report(&error);
+        }
+    })
 }
 
 /// The options of the service.

@@ -100,6 +100,7 @@ pub(super) const ROWS: &[Row] = &[
     built("auto-dedup", BOTH),
     refused("auto-dedup", PAGE_SERVER, AFTERWARDS),
     harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
+    built("lazy", RESTORE),
     refused("lazy-pages", BOTH.or(PAGE_SERVER), "restore without it"),
     // Files
     built("file-locks", DUMP),

@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 
+use ::log::LevelFilter;
+
 use super::*;
 use crate::{
     action,
     dump::{self, Goal},
     inject::{FreezeOptions, Outcome},
-    page_server,
+    lazy, page_server,
     pages::ServerPlace,
     res::{
         file::{
@@ -54,8 +56,8 @@ const TAKEN_BACK: &str = "
     skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
 
 /// Our own.
-const OURS: [&str; 7] =
-    ["tracker", "chain", "link", "keep-originals", "rewrite", "reflink", "json"];
+const OURS: [&str; 8] =
+    ["tracker", "chain", "lazy", "link", "keep-originals", "rewrite", "reflink", "json"];
 
 #[derive(Debug, Parser)]
 struct Line {
@@ -207,6 +209,7 @@ fn default_restore() -> restore::Options {
             validation: Validation::BuildId,
             inherited: Inherited::new(Vec::new()),
         },
+        lazy: None,
         track: track::Options::new(false, None),
         actions: action::Options::new(Vec::new()),
         stats: stats::Options::new(".".into(), false),
@@ -324,6 +327,15 @@ fn lines_of_restore_become_options() {
         ("restore --auto-dedup --track-mem", |restore| {
             restore.store.free = Some(restore::AutoDedup::Commit);
             restore.track = track::Options::new(true, None);
+        }),
+        ("restore --lazy", |restore| {
+            restore.lazy = Some(lazy::Log { file: None, level: LevelFilter::Warn });
+        }),
+        ("restore --lazy -d -W w -v4", |restore| {
+            let file = Some("w/pager.log".into());
+            restore.lazy = Some(lazy::Log { file, level: LevelFilter::Debug });
+            restore.release.then = restore::Then::Exit;
+            restore.stats = stats::Options::new("w".into(), false);
         }),
         ("restore --auto-dedup=now", |restore| {
             restore.store.free = Some(restore::AutoDedup::Now);

@@ -75,6 +75,14 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
         let what = format!("it maps {what} at {} ({name})", mapping.start);
         Err(ResError::Unsupported { pid, what })
     };
+    if flags.contains(VmFlags::UFFD_MISSING) {
+        let what = format!(
+            "pages of its memory at {} are supplied on demand (userfaultfd), and may not be there \
+             yet\nhelp: dump it when the program that supplies them has ended",
+            mapping.start
+        );
+        return Err(ResError::Unsupported { pid, what });
+    }
     if flags.contains(VmFlags::SHADOW_STACK) {
         return refuse("a shadow stack");
     }
