@@ -76,7 +76,7 @@ pub fn entry_with_id(
         mnt_id: intake.mount_of(file),
         ..Default::default()
     };
-    let external = format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino);
+    let external = external_name(file);
     if intake.deleted_files().is_external(&external) {
         entry.name = external.into_bytes();
         entry.ext = Some(true);
@@ -96,6 +96,11 @@ pub fn entry_with_id(
         validation::record(file, &mut entry, validation, known, may_read);
     }
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
+}
+
+/// Returns the name of a file for `--external`.
+fn external_name(file: &Description) -> String {
+    format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino)
 }
 
 /// Returns the path of a file, after checking that the restore can find the file by it.
@@ -166,6 +171,16 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         Ok(found) if is_same(&found, &file.stat) => Ok(file.link.clone()),
         // The name is gone, or another file has it.
         Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {
+            if is_outside(file) {
+                let what = format!(
+                    "{} ({}), on a mount that is not in the mount namespace of the process",
+                    path.display(),
+                    external_name(file)
+                );
+                let help = "close it, or give the name in parentheses to --external, and a file at the restore \
+                            (--inherit-fd)";
+                return Err(file.unsupported(what, help));
+            }
             if let Some(point) = hidden_below(file, path, &root) {
                 let what = format!(
                     "{}, which is hidden: another file system is mounted over it at {}",
@@ -188,6 +203,12 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         }
         Err(errno) => Err(file.failed("find the path of")(errno)),
     }
+}
+
+/// Whether the mount namespace of the process lacks the mount of a file.
+fn is_outside(file: &Description) -> bool {
+    let mounts = proc::mounts_of(file.pid).unwrap_or_default();
+    !mounts.is_empty() && mounts.iter().all(|mount| mount.id != file.info.mnt_id)
 }
 
 /// Returns where another file system is mounted over the path of a file.

@@ -13,7 +13,6 @@ use std::{
 use nix::{
     errno::Errno,
     libc::{self, c_int},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
 use super::opts::{self, Subject};
@@ -249,13 +248,6 @@ const LOST: &[(c_int, c_int, &str)] = &[
     (libc::SOL_SOCKET, SO_RESERVE_MEM, "SO_RESERVE_MEM"),
     (libc::SOL_TCP, libc::TCP_REPAIR, "TCP_REPAIR"),
 ];
-
-/// Returns which of the events `wanted` are pending, and pending errors.
-pub(super) fn polled(fd: BorrowedFd, wanted: PollFlags) -> nix::Result<PollFlags> {
-    let mut polled = [PollFd::new(fd, wanted)];
-    poll(&mut polled, PollTimeout::ZERO)?;
-    Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
-}
 
 fn value(fd: BorrowedFd, level: c_int, name: c_int) -> Option<Vec<u8>> {
     let mut value = [0; VALUE_BYTES];

@@ -17,7 +17,8 @@ use super::{
 use crate::{
     image::proto,
     res::file::{
-        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, owner,
+        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
+        descriptor, owner,
     },
     sys::socket,
 };
@@ -69,7 +70,7 @@ impl Collector for NetlinkCollector {
         let inode = inode(file);
         let protocol = opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
         let what = format!("the netlink socket [{inode}] of protocol {protocol}");
-        let seen = attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+        let seen = descriptor::events_among(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             let what = format!("{what}, with an error that its program has not read");
             return Err(file.unsupported(what, HELP));

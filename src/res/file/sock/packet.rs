@@ -21,7 +21,8 @@ use super::{
 use crate::{
     image::proto,
     res::file::{
-        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, owner,
+        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
+        descriptor, owner,
     },
     sys::socket,
 };
@@ -106,7 +107,7 @@ impl Collector for PacketCollector {
             let what = format!("{what}, in a group with a program (PACKET_FANOUT_DATA)");
             return Err(file.unsupported(what, HELP));
         }
-        let seen = attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+        let seen = descriptor::events_among(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an unread error: it will be lost");
         }

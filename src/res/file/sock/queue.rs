@@ -29,14 +29,11 @@ use nix::{
     sys::socket::{ControlMessage, MsgFlags, UnixCredentials, recv, sendmsg},
 };
 
-use super::{
-    attributes,
-    opts::{self, Subject},
-};
+use super::opts::{self, Subject};
 use crate::{
     image::{ImageStore, Kind, SnapshotWriter, proto},
     inject::Helper,
-    res::file::{Description, FileError, Intake, Opened, Result},
+    res::file::{Description, FileError, Intake, Opened, Result, descriptor},
     sys::{
         fds,
         socket::{self, Received},
@@ -112,7 +109,7 @@ pub(super) const UNIX_ERROR: Errno = Errno::ECONNRESET;
 /// Whether a stream has an unread out-of-band byte.
 fn is_urgent(fd: BorrowedFd) -> nix::Result<bool> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
-    let polled = attributes::polled(fd, PollFlags::POLLPRI)?;
+    let polled = descriptor::events_among(fd, PollFlags::POLLPRI)?;
     Ok(polled.contains(PollFlags::POLLPRI) || recv(fd.as_raw_fd(), &mut [0], flags).is_ok())
 }
 
@@ -130,7 +127,8 @@ pub(super) fn peek(
 ) -> Result<(Vec<Packet>, Option<Errno>)> {
     let fd = file.fd.as_fd();
     let failed = file.failed("peek at the queue of");
-    let seen = attributes::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
+    let seen =
+        descriptor::events_among(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
     let error = seen.contains(PollFlags::POLLERR).then_some(UNIX_ERROR);
     if kind == libc::SOCK_STREAM && is_urgent(fd).map_err(&failed)? {
         return match urgent(fd) {

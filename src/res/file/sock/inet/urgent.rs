@@ -25,7 +25,7 @@ use super::{
 use crate::{
     image::proto,
     res::{
-        file::sock::{attributes, skb},
+        file::{descriptor, sock::skb},
         kernel::{Kernel, KernelError, KernelResult},
     },
 };
@@ -58,7 +58,7 @@ pub(super) struct Marked {
 
 /// Whether an urgent byte has arrived that the program has not read.
 pub(super) fn waits(fd: BorrowedFd) -> nix::Result<bool> {
-    Ok(attributes::polled(fd, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI))
+    Ok(descriptor::events_among(fd, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI))
 }
 
 /// Reads what a connection has received, if the mark is among the bytes that were not read.

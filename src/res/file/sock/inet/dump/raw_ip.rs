@@ -16,15 +16,15 @@ use super::{Facts, InetCollector, inode, process_in};
 use crate::{
     proc,
     res::file::{
-        Description, Result,
-        sock::{attributes, inet::address, state},
+        Description, Result, descriptor,
+        sock::{inet::address, state},
     },
 };
 
 impl InetCollector {
     pub(super) fn raw(&mut self, file: &Description, family: c_int, what: &str) -> Result<Facts> {
         let fd = file.fd.as_fd();
-        let seen = attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+        let seen = descriptor::events_among(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an unread error (ICMP): it will be lost");
         }

@@ -17,11 +17,11 @@ use super::{EndedConnection, Facts, Found, InetCollector, inode};
 use crate::{
     image::proto::SkMd5KeyEntry,
     res::file::{
-        Description, Result,
+        Description, Result, descriptor,
         error::errno,
         sock::{
             SHUT_BOTH,
-            attributes::{self, RECEIVED_MAX_BYTES},
+            attributes::RECEIVED_MAX_BYTES,
             inet::{Connections, address, connection, ended, lock::Ends, md5, repair, urgent},
             queue, state,
         },
@@ -93,7 +93,7 @@ impl InetCollector {
             }
             state::CLOSE => {
                 let seen =
-                    attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+                    descriptor::events_among(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
                 let error = if seen.contains(PollFlags::POLLERR) {
                     Some(self.pending_error(file, what)?)
                 } else {

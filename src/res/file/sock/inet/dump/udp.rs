@@ -10,8 +10,8 @@ use nix::{
 use super::{Facts, HELP_KIND, InetCollector};
 use crate::{
     res::file::{
-        Description, Result,
-        sock::{attributes, inet::udp_queue, opts, state},
+        Description, Result, descriptor,
+        sock::{inet::udp_queue, opts, state},
     },
     sys::socket,
 };
@@ -46,7 +46,7 @@ impl InetCollector {
                 "{what} has sent datagrams that have not left, or holds one back (MSG_MORE): they may be lost"
             );
         }
-        let seen = attributes::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
+        let seen = descriptor::events_among(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an unread error (ICMP): it will be lost");
         }
