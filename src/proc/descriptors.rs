@@ -2,7 +2,6 @@
 
 use std::{
     fs::File,
-    io::Read,
     os::{fd::OwnedFd, unix::ffi::OsStringExt},
     path::{Path, PathBuf},
 };
@@ -12,7 +11,7 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::{FdInfo, ProcError, Result, of_process, parse, parse_fdinfo, tasks};
+use super::{FdInfo, ProcError, Result, of_process, parse, parse_fdinfo, read_all, tasks};
 use crate::units::{HostPid, TargetFd};
 
 /// The directories of a process in which the kernel shows its descriptors.
@@ -62,12 +61,10 @@ impl Descriptors {
     /// See the [module](super).
     pub fn info(&self, fd: TargetFd) -> Result<FdInfo> {
         let name = fd.to_string();
-        // Most files have less than a page.
-        let mut text = Vec::with_capacity(4096);
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        openat(&self.infos.fd, name.as_str(), flags, Mode::empty())
+        let text = openat(&self.infos.fd, name.as_str(), flags, Mode::empty())
             .map_err(std::io::Error::from)
-            .and_then(|fd| File::from(fd).read_to_end(&mut text))
+            .and_then(|fd| read_all(File::from(fd)))
             .map_err(|source| self.infos.failed(&name, source))?;
         parse(&self.infos.path.join(name), &text, parse_fdinfo)
     }

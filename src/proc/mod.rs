@@ -407,11 +407,14 @@ fn parse<T>(path: &Path, bytes: &[u8], parser: impl FnOnce(&[u8]) -> Parsed<T>) 
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    // The sizes are unknown beforehand; most files have less than a page.
+    File::open(path).and_then(read_all).map_err(|source| ProcError::from_io(path, source))
+}
+
+fn read_all(file: File) -> std::io::Result<Vec<u8>> {
+    // Most files have less than a page.
     let mut bytes = Vec::with_capacity(4096);
-    File::open(path)
-        .and_then(|file| file.take(u64::MAX).read_to_end(&mut bytes))
-        .map_err(|source| ProcError::from_io(path, source))?;
+    // A plain file would be asked for its size first, which is 0 here.
+    file.take(u64::MAX).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
