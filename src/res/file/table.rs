@@ -15,7 +15,6 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, fcntl},
     libc,
     sys::stat::{FileStat, fstat, makedev},
 };
@@ -308,8 +307,8 @@ impl FileTable {
             move |source| FileError::Dump { pid, fd: number, link, step, source }
         };
         let stat = self.state.examine(&fd).map_err(failed("examine", &link))?;
-        let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed("read the flags of", &link))?;
-        let flags = flags.cast_unsigned();
+        // This flag is that of the descriptor.
+        let flags = info.flags & !libc::O_CLOEXEC.cast_unsigned();
         let fown = fown::read(fd.as_fd(), flags, &self.state.pids)
             .map_err(failed("read the owner of", &link))?;
         let mut file =
