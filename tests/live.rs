@@ -403,6 +403,8 @@ states! {
     ipc_namespace_segments;
     ipc_namespace_queues;
     ipc_namespace_forced;
+    ipc_namespaces;
+    ipc_namespace_of_a_child;
     cgroup_namespace_of_all;
     network_namespace ["--tcp-established"];
     network_namespace_down;

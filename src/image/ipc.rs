@@ -2,12 +2,17 @@
 
 use super::{
     ImageError, ImageReader, ImageStore, Kind, Result,
-    proto::{IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcVarEntry},
+    proto::{IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcShmEntry, IpcVarEntry},
 };
 
 /// The highest id of an object and the highest value of a semaphore (`SEMVMX`, `linux/sem.h`).
 const ID_MAX: u32 = i32::MAX.cast_unsigned();
 const VALUE_MAX: u16 = 32767;
+
+/// Returns the number of the memory of a segment: its `shmid` in mappings.
+pub fn memory_of(segment: &IpcShmEntry) -> u64 {
+    segment.rcriu_shmid.unwrap_or(segment.desc.id.into())
+}
 
 /// The objects and variables of a namespace.
 #[derive(Clone, Debug, Default)]

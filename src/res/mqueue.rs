@@ -80,6 +80,7 @@ pub(super) fn image(name: &[u8], stat: &libc::stat, size: &QueueAttributes) -> p
         },
         messages: Vec::new(),
         notify: None,
+        namespace: None,
     }
 }
 

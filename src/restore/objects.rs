@@ -50,8 +50,9 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
         opened.objects.insert(shmid, fd);
     }
     let first = opened.helpers.first();
+    let namespaces = plan.namespaces.borrow();
     for kind in &plan.common {
-        for tree::Memory { number, file, .. } in kind.make(first)? {
+        for tree::Memory { number, file, .. } in kind.make(first, &namespaces)? {
             let memory = memory_of(&plan.chain, plan.snapshot, number)?;
             objects.push(Object { shmid: number, file, memory });
         }

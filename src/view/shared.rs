@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, btree_map::Entry};
 
 use super::{Result, Tables, files::ANONYMOUS, process::read_mm};
 use crate::{
-    image::{Kind, MemoryId, desc, payload::Layout, proto, vma},
+    image::{Kind, MemoryId, desc, ipc::memory_of, payload::Layout, proto, vma},
     units::page_bytes,
 };
 
@@ -117,7 +117,7 @@ fn segments(tables: &Tables, name: &str, objects: &mut BTreeMap<u64, SharedObjec
         let key = Some(segment.desc.key);
         let name = Some(format!("SYSV{:08x}", segment.desc.key));
         let object = SharedObject { size: Size::Exactly(segment.size), inline, key, name };
-        objects.insert(segment.desc.id.into(), object);
+        objects.insert(memory_of(&segment), object);
     }
     Ok(())
 }

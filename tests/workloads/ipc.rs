@@ -12,6 +12,8 @@ pub const ROWS: &[Row] = &[
     ("ipc_namespace_segments", segments),
     ("ipc_namespace_queues", posix_queues),
     ("ipc_namespace_forced", forced),
+    ("ipc_namespaces", namespaces),
+    ("ipc_namespace_of_a_child", of_a_child),
 ];
 
 /// The user that creates objects, and the one that then owns them.
@@ -243,4 +245,124 @@ fn forced(checkpoint: &Checkpoint) -> Verdict {
     sys!(shmdt(at))?;
     ensure!(segment_state(id).is_err(), "the segment is still there");
     Ok(())
+}
+
+/// Objects of a process in its IPC namespace. Processes in other namespaces have some with the same ids, keys and
+/// names.
+struct Objects {
+    seed: u8,
+    attached: *mut u8,
+    segment: i32,
+    detached: i32,
+    queue: i32,
+    set: i32,
+    open: i32,
+}
+
+const SEGMENT_BYTES: usize = 3 * 4096;
+const SHARED_KEY: i32 = 0x77;
+
+impl Objects {
+    fn make(seed: u8) -> Result<Self, String> {
+        let value = i32::from(seed);
+        let make = |key| sys!(shmget(key, SEGMENT_BYTES, 0o600 | libc::IPC_CREAT));
+        let (segment, detached) = (make(SHARED_KEY)?, make(libc::IPC_PRIVATE)?);
+        let attached = sys!(shmat(segment, ptr::null(), 0))?.cast::<u8>();
+        let other = sys!(shmat(detached, ptr::null(), 0))?.cast::<u8>();
+        for (at, seed) in [(attached, seed), (other, seed + 100)] {
+            let content = bytes(seed, SEGMENT_BYTES);
+            // SAFETY: the segment is that long.
+            unsafe { ptr::copy_nonoverlapping(content.as_ptr(), at, SEGMENT_BYTES) };
+        }
+        sys!(shmdt(other.cast()))?;
+        let queue = sys!(msgget(SHARED_KEY, 0o600 | libc::IPC_CREAT))?;
+        send(queue, 1, &bytes(seed, 50))?;
+        let set = sys!(semget(SHARED_KEY, 2, 0o600 | libc::IPC_CREAT))?;
+        sys!(semctl(set, 0, libc::SETVAL, value))?;
+        let undone = libc::sembuf { sem_num: 1, sem_op: 2, sem_flg: libc::SEM_UNDO as i16 };
+        sys!(semop(set, (&raw const undone).cast_mut(), 1))?;
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK;
+        // SAFETY: all zeros is a valid value.
+        let mut size: libc::mq_attr = unsafe { mem::zeroed() };
+        (size.mq_maxmsg, size.mq_msgsize) = (4, 64);
+        let open = sys!(mq_open(c"/queue".as_ptr(), flags, 0o600, &raw mut size))?;
+        sys!(mq_send(open, bytes(seed, 9).as_ptr().cast(), 9, 3))?;
+        Ok(Self { seed, attached, segment, detached, queue, set, open })
+    }
+
+    fn ids(&self) -> [i32; 4] {
+        [self.segment, self.detached, self.queue, self.set]
+    }
+
+    fn check(&self) -> Verdict {
+        let content = |at: *mut u8| {
+            // SAFETY: the segment is that long.
+            unsafe { std::slice::from_raw_parts(at, SEGMENT_BYTES) }.to_vec()
+        };
+        same("the attached segment", bytes(self.seed, SEGMENT_BYTES), content(self.attached))?;
+        same("its users", 1, segment_state(self.segment)?.2)?;
+        let other = sys!(shmat(self.detached, ptr::null(), 0))?.cast::<u8>();
+        same("the other", bytes(self.seed + 100, SEGMENT_BYTES), content(other))?;
+        let again = sys!(shmat(sys!(shmget(SHARED_KEY, 0, 0))?, ptr::null(), 0))?.cast::<u8>();
+        // SAFETY: the segment is that long, and attached twice.
+        unsafe { self.attached.write(7) };
+        same("the segment by its key", 7, content(again)[0])?;
+        same("a message", (1, bytes(self.seed, 50)), receive(self.queue)?)?;
+        same("the semaphores", vec![u16::from(self.seed), 2], set_state(self.set)?.2)?;
+        let mut text = [0_u8; 64];
+        let len = sys!(mq_receive(self.open, text.as_mut_ptr().cast(), 64, ptr::null_mut()))?;
+        same("a message of the open queue", bytes(self.seed, 9), text[..len as usize].to_vec())?;
+        let named = sys!(mq_open(c"/queue".as_ptr(), libc::O_RDWR))?;
+        sys!(mq_send(named, c"x".as_ptr(), 1, 0))?;
+        let len = sys!(mq_receive(self.open, text.as_mut_ptr().cast(), 64, ptr::null_mut()))?;
+        same("what was sent by its name", b"x".to_vec(), text[..len as usize].to_vec())
+    }
+}
+
+/// A tree with three IPC namespaces.
+fn namespaces(checkpoint: &Checkpoint) -> Verdict {
+    enter()?;
+    let roots = Objects::make(1)?;
+    let ids = roots.ids();
+    let child = |seed: u8| {
+        checkpoint.fork(|child| {
+            // What its parent has attached belongs to another namespace.
+            sys!(shmdt(roots.attached.cast()))?;
+            sys!(mq_close(roots.open))?;
+            enter()?;
+            set_variable("kernel/msgmax", &format!("{}\n", 9000 + u32::from(seed)))?;
+            let objects = Objects::make(seed)?;
+            same("the ids", ids, objects.ids())?;
+            child.wait();
+            objects.check()?;
+            same("a limit", format!("{}\n", 9000 + u32::from(seed)), variable("kernel/msgmax")?)
+        })
+    };
+    let (first, second) = (child(2)?, child(3)?);
+    let limit = variable("kernel/msgmax")?;
+    checkpoint.wait();
+    roots.check()?;
+    same("the limit", limit, variable("kernel/msgmax")?)?;
+    first.join()?;
+    second.join()
+}
+
+/// A tree in the IPC namespace of the machine, of which a part has one of its own.
+fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
+    let segment = sys!(shmget(libc::IPC_PRIVATE, SEGMENT_BYTES, 0o600))?;
+    let at = sys!(shmat(segment, ptr::null(), 0))?.cast::<u8>();
+    sys!(shmctl(segment, libc::IPC_RMID, ptr::null_mut()))?;
+    let child = checkpoint.fork(|child| {
+        sys!(shmdt(at.cast()))?;
+        enter()?;
+        let objects = Objects::make(5)?;
+        child.wait();
+        objects.check()
+    })?;
+    // SAFETY: the segment is that long.
+    unsafe { at.write(77) };
+    checkpoint.wait();
+    // SAFETY: as above.
+    same("the segment of the machine", 77, unsafe { at.read() })?;
+    child.join()
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::libc;
 
 use super::{Body, IsRestored, Problems, Tree, place};
-use crate::image::{ImageStore, Kind, Remap, proto, vma};
+use crate::image::{ImageStore, Kind, Remap, ipc::memory_of, proto, vma};
 use proto::{FdTypes, FileEntry};
 
 /// The highest possible number of a descriptor (`sysctl_nr_open_max`, `fs/file.c`).
@@ -131,16 +131,18 @@ impl<'a> Table<'a, '_> {
         }
     }
 
-    /// Returns the System V segments of the IPC namespace of the tree.
+    /// Returns the numbers of the System V segments of the IPC namespaces of the tree.
     fn segments(&mut self) -> BTreeSet<u64> {
-        let first = self.tree.tasks.iter().find(|task| task.body.is_some());
-        let ids = first.and_then(|task| {
+        let mut namespaces = BTreeSet::new();
+        for task in self.tree.tasks.iter().filter(|task| task.body.is_some()) {
             let number = task.entry.pid.into();
-            self.images.message_if_any::<proto::TaskKobjIdsEntry>(Kind::Ids, number).ok()?
-        });
-        let number = ids.and_then(|ids| ids.ipc_ns_id).map_or(IPC_NAMESPACE, u64::from);
-        let segments = self.read::<proto::IpcShmEntry>(Kind::IpcnsShm, number);
-        segments.iter().map(|segment| u64::from(segment.desc.id)).collect()
+            let ids = self.images.message_if_any::<proto::TaskKobjIdsEntry>(Kind::Ids, number);
+            let number = ids.ok().flatten().and_then(|ids| ids.ipc_ns_id);
+            namespaces.insert(number.map_or(IPC_NAMESPACE, u64::from));
+        }
+        let read = |number| self.read::<proto::IpcShmEntry>(Kind::IpcnsShm, number);
+        let segments: Vec<_> = namespaces.into_iter().flat_map(read).collect();
+        segments.iter().map(memory_of).collect()
     }
 
     fn is_path(&self, id: u32) -> bool {

@@ -71,7 +71,7 @@ pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problem
     for number in own(tree, problems, ("UTS", true), |ids| ids.uts_ns_id).0 {
         check_image(images, problems, (Kind::Utsns, number), uts_problem);
     }
-    for number in own(tree, problems, ("IPC", false), |ids| ids.ipc_ns_id).0 {
+    for number in own(tree, problems, ("IPC", true), |ids| ids.ipc_ns_id).0 {
         check_ipc(images, number, problems);
     }
     for number in own(tree, problems, ("user", false), |ids| ids.user_ns_id).0 {

@@ -62,7 +62,7 @@ use crate::{
         ResError,
         ns::{OfTree, Roots, Wanted},
     },
-    sys::root::Root,
+    sys::{root::Root, visit::Place},
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
@@ -315,6 +315,8 @@ pub struct Opened {
     pub roots: Roots,
     /// The network namespaces of the tree.
     pub networks: Rc<Made>,
+    /// The IPC namespaces of the tree that the first process is not in, by number.
+    pub ipc_namespaces: HashMap<u32, std::fs::File>,
     /// Masters of pseudoterminals that are open already, since a mount shows their slaves.
     pub masters: RefCell<Vec<OwnedFd>>,
     /// Makes processes that make calls with the ids of others.
@@ -359,6 +361,7 @@ impl Opened {
             pids,
             roots: Roots::default(),
             networks: Rc::default(),
+            ipc_namespaces: HashMap::new(),
             masters: RefCell::default(),
             helpers: Helpers::default(),
             holders: HashMap::new(),
@@ -385,6 +388,7 @@ impl Opened {
         for (number, entrance) in made.others(network::NAME).map_err(failed)? {
             networks.add(number, entrance);
         }
+        self.ipc_namespaces = made.others(Place::Ipc.file()).map_err(failed)?.into_iter().collect();
         for (number, devices) in made.take_devices() {
             networks.hold(number, devices);
         }

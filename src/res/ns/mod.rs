@@ -76,7 +76,7 @@ const fn row(
 static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", |ids| &mut ids.pid_ns_id, &pid::Pid),
     row("net", "a network namespace", |ids| &mut ids.net_ns_id, &net::Net).with_others(),
-    row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc),
+    row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc).with_others(),
     row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts).with_others(),
     row(time::FILE, "a time namespace", |ids| &mut ids.time_ns_id, &time::Time),
     row(mnt::FILE, "a mount namespace", |ids| &mut ids.mnt_ns_id, &mnt::Mnt).with_others(),

@@ -293,6 +293,13 @@ impl Wanted {
         of.states.first().filter(|state| state.is_home).map(|_| of.home)
     }
 
+    /// Returns the numbers of the namespaces of a kind that the tree gets, and the first process is not in.
+    pub fn other_numbers(&self, file: &str) -> Vec<u32> {
+        let others = self.kinds.iter().filter(|of| of.kind.file == file);
+        let others = others.flat_map(|of| of.states.iter().filter(|state| !state.is_home));
+        others.map(|state| state.member.number).collect()
+    }
+
     /// Returns the numbers and files of the namespaces of a kind that the first process is not in.
     ///
     /// # Errors

@@ -241,7 +241,7 @@ pub struct Child<'a> {
 pub trait Restorer: std::fmt::Debug {
     /// Creates what must exist before the processes get memory, and returns the memory objects to
     /// fill. `first` is the first process, if it is made already, in namespaces of its own.
-    fn make(&self, _first: Option<HostPid>) -> Result<Vec<Memory>> {
+    fn make(&self, _first: Option<HostPid>, _namespaces: &ns::Wanted) -> Result<Vec<Memory>> {
         Ok(Vec::new())
     }
 

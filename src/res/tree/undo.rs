@@ -18,6 +18,7 @@ use crate::{
         tree::undone,
     },
     inject::{Answers, Script, Task},
+    proc,
     res::{
         ResError, Result,
         calls::Calls,
@@ -66,22 +67,33 @@ pub(super) fn collector(tasks: &[Task]) -> Begun<dyn Collector> {
         let compared = process::kcmp(task.witness(), own, Shared::Undo);
         !task.is_zombie() && compared.is_ok_and(std::cmp::Ordering::is_ne)
     };
-    let found: Vec<&Task> = tasks.iter().filter(has_list).collect();
-    let nothing = Undos(BTreeMap::new());
-    let Some(first) = found.first() else { return Ok(Box::new(nothing)) };
-    // All processes of a tree are in one IPC namespace.
-    let foreign = (!is_in_own(first)).then(|| first.witness());
+    let mut undos = Undos(BTreeMap::new());
+    // By their IPC namespaces.
+    let mut found: BTreeMap<u64, Vec<&Task>> = BTreeMap::new();
+    for task in tasks.iter().filter(has_list) {
+        let inode = proc::namespace(task.witness(), "ipc")?;
+        found.entry(inode).or_default().push(task);
+    }
+    for of_namespace in found.values() {
+        undos.0.append(&mut of_one(of_namespace)?.0);
+    }
+    Ok(Box::new(undos))
+}
+
+/// Reads what processes in one IPC namespace have to undo.
+fn of_one(tasks: &[&Task]) -> Result<Undos> {
+    let foreign = tasks.first().filter(|first| !is_in_own(first)).map(|first| first.witness());
     let visit = sysv::visit(foreign)?;
     let sets = sets()?;
     if sets.is_empty() {
-        return Ok(Box::new(nothing));
+        return Ok(Undos(BTreeMap::new()));
     }
-    let undos = read(&found, &sets, foreign.is_some()).unwrap_or_else(|error| {
-        warn_unread(&found, &error);
-        nothing
+    let undos = read(tasks, &sets, foreign.is_some()).unwrap_or_else(|error| {
+        warn_unread(tasks, &error);
+        Undos(BTreeMap::new())
     });
     drop(visit);
-    Ok(Box::new(undos))
+    Ok(undos)
 }
 
 /// Returns the sets of the IPC namespace that this thread visits, with the number of semaphores.

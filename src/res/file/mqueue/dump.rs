@@ -13,6 +13,7 @@ use nix::{
 
 use crate::{
     image::proto::{self, FdTypes},
+    proc,
     res::{
         file::{Collector, Description, Intake, Result, descriptor},
         mqueue::{self, HELP_KERNEL, Reader},
@@ -76,7 +77,10 @@ impl Collector for Queues {
             }
         }
         let is_first = self.recorded.insert(file.stat.st_ino);
+        let inode = proc::namespace(file.pid, Place::Ipc.file())?;
+        let namespace = intake.namespaces().look_up(Place::Ipc.file(), inode);
         let state = proto::MqueueEntry {
+            namespace: namespace.map(|(number, _)| number),
             messages: if is_first { found.messages } else { Vec::new() },
             notify: notify.filter(|_| is_first),
             ..mqueue::image(name, &file.stat, &size)

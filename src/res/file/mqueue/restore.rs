@@ -49,27 +49,17 @@ impl Opener for Queues {
                 queues.entry(end.queue.ino).or_default().push(end);
             }
         }
-        if queues.is_empty() {
-            return Ok(());
-        }
-        // If the tree has an IPC namespace of its own, the queues are there.
-        let first = opened.helpers.first();
-        let visit = first.map(|pid| Visit::to(pid, Place::Ipc)).transpose().map_err(|error| {
-            let errno = crate::sys::errno(&error);
-            let (id, object) =
-                (*queues.values().next().map_or(&0, |ends| &ends[0].file.id), "queues");
-            FileError::restore(id, "enter the IPC namespace of", object)(errno)
-        })?;
         for mut ends in queues.into_values() {
             ends.sort_by_key(|end| end.file.id);
+            let visit = visit(&ends[0], opened)?;
             for (id, fd) in open_queue(&ends)? {
                 opened.insert(id, fd);
             }
             let ids: Vec<u32> = ends.iter().map(|end| end.file.id).collect();
             let notify = ends.iter().find_map(|end| end.queue.notify);
             self.notifications.extend(notify.map(|notify| (ids, notify)));
+            drop(visit);
         }
-        drop(visit);
         Ok(())
     }
 
@@ -100,6 +90,19 @@ impl Opener for Queues {
         }
         Ok(())
     }
+}
+
+/// Enters the IPC namespace of a queue: one of the tree, if it gets such.
+fn visit(end: &End, opened: &Opened) -> Result<Option<Visit>> {
+    let entrance = end.queue.namespace.and_then(|number| opened.ipc_namespaces.get(&number));
+    let visit = match entrance {
+        Some(entrance) => Some(Visit::with(entrance, Place::Ipc)),
+        None => opened.helpers.first().map(|first| Visit::to(first, Place::Ipc)),
+    };
+    visit.transpose().map_err(|error| {
+        let errno = crate::sys::errno(&error);
+        FileError::restore(end.file.id, "enter the IPC namespace of", "a message queue")(errno)
+    })
 }
 
 /// Removes the name of a queue that has none.
