@@ -68,6 +68,9 @@ named! {
         DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
         DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
         TcpParted = "tcp-parted": "When connections are set to end with the tree, without a packet.";
+        LiveForked = "live-forked": "When a process has a shadow, before that is tied to rcriu's life.";
+        LiveReleased = "live-released": "When the tree runs on, before its memory is copied.";
+        LiveCopied = "live-copied": "When its memory is copied, before the shadows end.";
         RestorePlan = "restore-plan": "After the plan was made, before any process exists.";
         RestoreRoot = "restore-root": "After the first process was made.";
         RestoreMemory = "restore-memory": "In the middle of filling memory.";

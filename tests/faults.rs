@@ -52,10 +52,20 @@ fn dump_points(state: &str) -> impl Iterator<Item = Point> {
 #[test]
 fn every_point_is_one_of_a_command() {
     // Those of a deduplication are for tests/link.rs and tests/dedup.rs, that of a mount for
-    // tests/compose.rs, those of connections for tests/connections.rs, those of terminals for
-    // tests/terminals.rs, those of a page server for tests/page_server.rs.
-    let commands =
-        ["dump-", "restore-", "dedup-", "free-", "compose-", "tcp-", "terminal-", "page-server-"];
+    // tests/compose.rs, those of live dumps for tests/unpaused.rs, those of connections for
+    // tests/connections.rs, those of terminals for tests/terminals.rs, those of a page server for
+    // tests/page_server.rs.
+    let commands = [
+        "dump-",
+        "live-",
+        "restore-",
+        "dedup-",
+        "free-",
+        "compose-",
+        "tcp-",
+        "terminal-",
+        "page-server-",
+    ];
     let all = commands.map(|command| points(command).count());
     assert_eq!(all.iter().sum::<usize>(), Point::ALL.len());
 }

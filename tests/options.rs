@@ -89,6 +89,8 @@ const ROWS: &[Row] = &[
         &[
             ("leave-running", leave_running),
             ("leave-stopped", leave_stopped),
+            ("live", live),
+            ("live-stopped", live_stopped),
             ("link-remap", link_remap),
             ("ghost-limit", ghost_limit),
             ("file-locks", file_locks),
@@ -682,6 +684,21 @@ fn leave_running(_: &str) {
     fine(run.dump("dump", &["--leave-running"]));
     assert!(run.is_running());
     run.restorable();
+}
+
+fn live(_: &str) {
+    let mut run = Run::new();
+    refused(&run.dump_as(&["dump", "--live"]), "--live needs --leave-running");
+    fine(run.dump("dump", &["--live"]));
+    assert!(run.is_running());
+    run.restorable();
+}
+
+fn live_stopped(_: &str) {
+    let mut run = Run::of("shared_anon");
+    refused(&run.dump("dump", &["--live", "--live-stopped", "4K"]), "more than 4096");
+    fine(run.dump("dump", &["--live", "--live-stopped", "1G"]));
+    assert!(run.is_running());
 }
 
 fn leave_stopped(_: &str) {

@@ -112,6 +112,7 @@ const DUMP_EXAMPLE: &str = "\
 Examples:
   rcriu dump -t 4711 -D chain/1 --track-mem -R
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1 -o dump.log -v4
+  rcriu dump -t 4711 -D images -R --live
 
 The prefix no- cancels an option that needs no value, such as one from a
 configuration file: --no-display-stats.";

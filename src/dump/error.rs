@@ -68,6 +68,39 @@ pub enum DumpError {
         /// An image in it.
         name: String,
     },
+    /// Too much memory would be copied while the tree is stopped.
+    #[error(
+        "--live copies shared memory, huge pages and memory that a fork leaves out while the tree is \
+         stopped: {bytes} bytes, more than {limit}; most of that is {largest}\nhelp: allow more with \
+         --live-stopped SIZE, or dump without --live"
+    )]
+    LiveLimit {
+        /// How much it is.
+        bytes: u64,
+        /// How much it may be.
+        limit: u64,
+        /// The largest part.
+        largest: String,
+    },
+    /// The tree was stopped before, by its cgroup.
+    #[error(
+        "the cgroup {group} of the tree is frozen, so the tree would not run during the dump\nhelp: dump \
+         it without --live", group = .group.display()
+    )]
+    LiveFrozen {
+        /// The directory of the cgroup.
+        group: PathBuf,
+    },
+    /// The process that keeps the memory of another has ended.
+    #[error(
+        "the copy-on-write copy of process {pid} that --live reads was killed; the tree runs on\nhelp: if \
+         memory has run out, leave more for the pages that the tree writes during the dump, or dump it \
+         without --live"
+    )]
+    LiveLost {
+        /// The process of the tree.
+        pid: HostPid,
+    },
     /// The directory of `--chain` cannot be used.
     #[error("use the directory of dumps {path} (--chain)", path = .path.display())]
     Series {

@@ -7,6 +7,7 @@
 mod census;
 mod check;
 mod error;
+mod live;
 mod options;
 mod pre_dump;
 mod room;
@@ -27,6 +28,7 @@ use std::{
 use nix::time::{ClockId, clock_gettime};
 
 pub use error::{DumpError, Result};
+pub use live::Options as LiveOptions;
 pub use options::{Goal, Options, Store};
 pub use series::new_directory;
 
@@ -59,6 +61,7 @@ use crate::{
     units::{HostPid, PidMap},
 };
 use census::Census;
+use live::Live;
 use series::Series;
 use stats::Stats;
 use target::Target;
@@ -74,8 +77,19 @@ const FORMAT_VERSION: u32 = 2;
 /// # Errors
 /// Why the tree was not dumped; it runs on.
 pub fn run(options: &Options) -> Result<()> {
-    let Options { root, goal, store, freeze, common, namespaces, files, track, actions, stats } =
-        options;
+    let Options {
+        root,
+        goal,
+        store,
+        freeze,
+        common,
+        namespaces,
+        files,
+        track,
+        live,
+        actions,
+        stats,
+    } = options;
     let (root, goal) = (*root, *goal);
     let stats_options = stats;
     arch::check_built()?;
@@ -99,6 +113,8 @@ pub fn run(options: &Options) -> Result<()> {
     actions.run(Stage::PreDump, Some(root))?;
     let mut stats = Stats::default();
     let server = target::connect(store)?;
+    // Before the tree is stopped, so that it is dropped when the tree runs again.
+    let mut live = live.map(Live::new);
     let mut frozen = stats.freezing(|| Frozen::freeze(root, *freeze))?;
     stats.frozen();
     let census = Census::take(&frozen.tasks)?;
@@ -108,6 +124,9 @@ pub fn run(options: &Options) -> Result<()> {
     let own_namespaces = ns::OfTree::of(&frozen.tasks);
     let of_namespaces = (&own_namespaces, namespaces);
     let arenas = check::tree(&frozen.tasks, &pids, goal, (common, of_namespaces))?;
+    if live.is_some() {
+        Live::check(&frozen, goal)?;
+    }
     let network = NetworkLock::take(&actions, root, goal)?;
     let mut target = Target::begin(&store.images_dir, server)?;
     if let Some(link) = &link {
@@ -115,7 +134,8 @@ pub fn run(options: &Options) -> Result<()> {
     }
     // A pre-dump injects nothing, unless changes are to be tracked.
     if !goal.is_pre_dump() || track.for_next() {
-        room::check(&frozen.tasks)?;
+        let more = live.as_ref().map_or(Ok(0), |_| Live::bytes_needed(&frozen.tasks))?;
+        room::check(&frozen.tasks, more)?;
     }
     let since = parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id));
     let tracking = Tracking::new(*track, goal, since)?;
@@ -130,7 +150,7 @@ pub fn run(options: &Options) -> Result<()> {
         Goal::Tree(outcome) => {
             let dumped = dump_stopped(
                 (common, namespaces, files, outcome),
-                &mut frozen,
+                (&mut frozen, live.as_mut()),
                 (pids, arenas, own_namespaces),
                 &mut target,
                 parent.as_ref(),
@@ -140,7 +160,14 @@ pub fn run(options: &Options) -> Result<()> {
             let dumped = census.explain(dumped)?;
             let target = (target, inventory(parent.as_ref(), series.as_ref())?);
             let stopped = (frozen, network, &census);
-            finish((root, &actions), stopped, target, dumped, outcome, &mut stats)?;
+            finish(
+                (root, &actions),
+                stopped,
+                target,
+                dumped,
+                (outcome, live.as_mut()),
+                &mut stats,
+            )?;
             stats.finish(stats_options);
         }
     }
@@ -223,26 +250,30 @@ fn free_superseded(images_dir: &Path) {
 
 /// Syncs the images and ends the stop. A tree that runs on does so before the sync, since
 /// its images are complete in memory and it need not wait for the disk; unless an action
-/// script is to see the complete images while the tree is stopped.
+/// script is to see the complete images while the tree is stopped. With `live`, it always does.
 fn finish(
     (root, actions): (HostPid, &Actions<'_>),
     (frozen, network, census): (Frozen, NetworkLock<'_>, &Census),
-    (target, mut inventory): (Target, proto::InventoryEntry),
+    (mut target, mut inventory): (Target, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
-    outcome: Outcome,
+    (outcome, live): (Outcome, Option<&mut Live>),
     stats: &mut Stats,
 ) -> Result<()> {
     let mut frozen = Some(frozen);
     // Dropped before the tree is released if a step fails.
-    let network = network;
+    let mut network = Some(network);
     if outcome == Outcome::Run {
         files.warn_about_link_remaps();
     }
-    if outcome == Outcome::Run && actions.is_empty() {
+    if outcome == Outcome::Run && (actions.is_empty() || live.is_some()) {
         census.check_stopped()?;
+        network = None;
         let released = frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome));
         census.explain(released.map_err(DumpError::from))?;
         stats.thawed();
+    }
+    if let Some(live) = live {
+        live.finish(&mut target, stats)?;
     }
     // A process of a tree that runs on may exit by now: the images are complete.
     let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
@@ -268,7 +299,7 @@ fn finish(
             frozen.release(outcome)?;
         } else {
             frozen.release(outcome)?;
-            network.keep();
+            network.into_iter().for_each(NetworkLock::keep);
         }
         stats.thawed();
     }
@@ -313,7 +344,7 @@ fn dump_stopped(
         &DumpOptions,
         Outcome,
     ),
-    frozen: &mut Frozen,
+    (frozen, live): (&mut Frozen, Option<&mut Live>),
     (pids, arenas, own_namespaces): (PidMap, Vec<ArenaIds>, ns::OfTree),
     target: &mut Target,
     parent: Option<&Parent>,
@@ -338,6 +369,7 @@ fn dump_stopped(
     let of_tree = (pids, arenas, own_namespaces);
     let Target { images, server } = target;
     let mut collection = Collection::new(images, of_tree, files, tracking, common, &frozen.tasks);
+    collection.spaces = live.is_some().then(Vec::new);
     collection.namespaces(&frozen.tasks, namespaces)?;
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
@@ -351,9 +383,14 @@ fn dump_stopped(
     let mut memories = std::mem::take(&mut collection.memories);
     target::find_parents(&mut memories, parent, server.as_ref())?;
     stats.collected();
-    let early = outcome != Outcome::Run;
-    let copied = stats.copying(|| target::copy(&mut memories, images, server.as_mut(), early))?;
-    stats.copied = copied;
+    if let Some(live) = live {
+        let spaces = collection.spaces.take().unwrap_or_default();
+        live.begin(&mut frozen.tasks, &spaces, memories, (images, server.as_mut()), stats)?;
+    } else {
+        let early = outcome != Outcome::Run;
+        let copy = || target::copy(&mut memories, 1, (images, server.as_mut()), early);
+        stats.copied = stats.copying(copy)?;
+    }
     if parent.is_some() {
         stats.untracked = collection.tracking.untracked;
     }

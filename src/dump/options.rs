@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use super::live;
 use crate::{
     action, inject,
     inject::Outcome,
@@ -30,6 +31,8 @@ pub struct Options {
     pub(crate) namespaces: ns::Options,
     pub(crate) files: file::DumpOptions,
     pub(crate) track: track::Options,
+    /// How to dump without a pause, if that is wanted (`--live`).
+    pub(crate) live: Option<live::Options>,
     pub(crate) actions: action::Options,
     pub(crate) stats: stats::Options,
 }

@@ -108,7 +108,8 @@ pub(super) fn run(
         stats.untracked = tracking.untracked;
     }
     let Target { images, server } = &mut target;
-    stats.copied = stats.copying(|| target::copy(&mut memories, images, server.as_mut(), true))?;
+    let copy = || target::copy(&mut memories, 1, (images, server.as_mut()), true);
+    stats.copied = stats.copying(copy)?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent, series)? };
     let name = super::new_name()?;

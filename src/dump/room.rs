@@ -39,11 +39,13 @@ const VERSION_2: Names = Names {
     reclaimed: &["inactive_file", "active_file", "slab_reclaimable"],
 };
 
-/// Checks that each process of a tree can get scratch memory.
+/// Checks that each process of a tree can get scratch memory. The cgroups must have room for `more`
+/// bytes besides.
 ///
 /// # Errors
 /// [`DumpError::NoRoom`] for the first process that cannot.
-pub(super) fn check(tasks: &[Task]) -> Result<()> {
+pub(super) fn check(tasks: &[Task], more: u64) -> Result<()> {
+    let needed = NEEDED_BYTES.saturating_add(more);
     let mounts = proc::mounts()?;
     let mut checked: Vec<PathBuf> = Vec::new();
     for task in living(tasks) {
@@ -55,10 +57,10 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
                 if checked.iter().any(|checked| checked == group) {
                     break;
                 }
-                let Some(left) = left(group, names) else { break };
-                if left < NEEDED_BYTES {
+                let Some(left) = left(group, names, needed) else { break };
+                if left < needed {
                     let (pid, group) = (task.pid, group.to_owned());
-                    return Err(DumpError::NoRoom { pid, group, left, needed: NEEDED_BYTES });
+                    return Err(DumpError::NoRoom { pid, group, left, needed });
                 }
                 checked.push(group.to_owned());
             }
@@ -80,13 +82,13 @@ fn names(hierarchy: u32, controllers: &[u8]) -> Option<&'static Names> {
 
 /// Returns how many bytes a cgroup has left; `None` if it has no limit, like the root
 /// cgroup.
-fn left(group: &Path, names: &Names) -> Option<u64> {
+fn left(group: &Path, names: &Names, needed: u64) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(group.join(name)).ok();
     let limit = read(names.limit)?;
     // "max" is not a number.
     let Ok(limit) = limit.trim().parse::<u64>() else { return Some(u64::MAX) };
     let usage: u64 = read(names.usage)?.trim().parse().ok()?;
-    if limit.saturating_sub(usage) >= NEEDED_BYTES {
+    if limit.saturating_sub(usage) >= needed {
         return Some(limit - usage);
     }
     let statistics = read("memory.stat")?;

@@ -58,7 +58,7 @@ impl Stats {
     pub(super) fn copying<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
         let result = work();
-        self.copying = begin.elapsed();
+        self.copying += begin.elapsed();
         result
     }
 

@@ -73,19 +73,20 @@ impl Target {
     }
 }
 
-/// Copies memories into `images`, or to a page server. `early` is as for [`pages::write`].
+/// Copies memories into the images, or to a page server. `first` is the number of the first pages file,
+/// `early` is as for [`pages::write`].
 ///
 /// # Errors
 /// A memory cannot be read, or not be written.
 pub(super) fn copy(
     memories: &mut [Memory],
-    images: &SnapshotWriter,
-    server: Option<&mut PageServer>,
+    first: u32,
+    (images, server): (&SnapshotWriter, Option<&mut PageServer>),
     early: bool,
 ) -> Result<Copied> {
     Ok(match server {
-        Some(server) => server.send(memories, images)?,
-        None => pages::write(memories, images, early)?,
+        Some(server) => server.send(memories, first, images)?,
+        None => pages::write(memories, first, images, early)?,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf, rc::Rc};
 
-use super::{DumpError, Result, tracking::Tracking};
+use super::{DumpError, Result, live::AddressSpace, tracking::Tracking};
 use crate::{
     image::{
         Kind, MemoryId, SnapshotWriter, proto,
@@ -45,6 +45,8 @@ pub(super) struct Collection<'a> {
     pub(super) memories: Vec<Memory>,
     /// The ids of mapped files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
+    /// The address spaces of the tree, if they are needed ([`super::live`]).
+    pub(super) spaces: Option<Vec<AddressSpace>>,
     pstree: Vec<proto::PstreeEntry>,
     namespaces: Rc<ns::OfTree>,
 }
@@ -75,6 +77,7 @@ impl<'a> Collection<'a> {
             common,
             memories: Vec::new(),
             shared: HashMap::new(),
+            spaces: None,
             pstree: Vec::new(),
             namespaces,
         }
@@ -130,6 +133,11 @@ impl<'a> Collection<'a> {
             return Ok(());
         }
         let mm = self.memory(task, &mappings, images.mm, is_alone)?;
+        if let Some(spaces) = &mut self.spaces {
+            let id = MemoryId::Private(self.pids.ns(pid).image().into());
+            let stacks = self.stacks[&memory_id].clone();
+            spaces.push(AddressSpace { pid, id, mappings, stacks });
+        }
         self.write_one(Kind::Mm, pid, &mm)?;
         if !is_alone {
             self.shared_memory.insert(memory_id, mm);

@@ -144,6 +144,18 @@ pub enum InjectError {
         /// The root process of the tree.
         root: HostPid,
     },
+    /// The children of the process go into another pid namespace.
+    #[error(
+        "process {pid} creates its children in another pid namespace (unshare), where the copy of its \
+         memory (--live) cannot be\nhelp: dump it without --live"
+    )]
+    OtherNamespace {
+        /// The process.
+        pid: HostPid,
+    },
+    /// The tree has too many processes for `--live`.
+    #[error("--live dumps at most 4096 processes\nhelp: dump the tree without --live")]
+    Shadows,
     /// A file in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),

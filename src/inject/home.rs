@@ -18,7 +18,7 @@ use std::{
 };
 
 use memchr::memmem;
-use nix::libc;
+use nix::{errno::Errno, libc};
 
 use super::{
     InjectError, Result,
@@ -168,9 +168,25 @@ impl Home {
         step: &'static str,
         address: RemoteAddr,
         len: usize,
-        source: nix::errno::Errno,
+        source: Errno,
     ) -> InjectError {
         InjectError::Memory { tid: self.pid, step, address, len: len as u64, source }
+    }
+
+    /// Restores all overwritten memory in a copy of the process, which never runs. The copy may lack the
+    /// stack (`MADV_DONTFORK`).
+    pub(super) fn restore_in(&self, copy: HostPid) -> Result<()> {
+        for (address, old) in self.before.iter().rev() {
+            match process::write_memory(copy, *address, old) {
+                Ok(()) | Err(Errno::EFAULT) => {}
+                Err(source) => {
+                    let (address, len) = (*address, old.len() as u64);
+                    let step = "write";
+                    return Err(InjectError::Memory { tid: copy, step, address, len, source });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Restores all overwritten memory. No thread may need its way home any more.

@@ -12,6 +12,7 @@ mod repair;
 mod scratch;
 mod script;
 mod session;
+mod shadow;
 #[cfg(test)]
 mod tests;
 mod tracee;
@@ -28,5 +29,6 @@ pub use repair::{Repair, repair};
 pub use scratch::{Scratch, TABLE_BYTES};
 pub use script::{Answers, Arg, Buffer, CallId, Script};
 pub use session::{Session, with_session};
+pub use shadow::{Shadows, reap_shadows};
 pub use tracee::{Tracee, registers_to_resume, try_to_suspend_filters};
 pub use userfault::{RunPaused, make_userfault};

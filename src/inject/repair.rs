@@ -24,7 +24,7 @@ const NAP: Duration = Duration::from_millis(5);
 const LONG_NAP: Duration = Duration::from_millis(320);
 
 /// How long to wait for the process to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What happened to scratch memory that was left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

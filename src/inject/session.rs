@@ -20,6 +20,7 @@
 //! With one call at a time, it can do so only for a call that has just entered the kernel.
 
 use nix::{errno::Errno, libc};
+use zerocopy::IntoBytes;
 
 use super::{
     Answers, InjectError, Result, Script,
@@ -34,8 +35,8 @@ use crate::{
     },
     fault::{self, Point},
     proc::{self, Mapping},
-    sys::{ptrace::Registers, supervise},
-    units::{PAGE_SIZE, RemoteAddr},
+    sys::{process::CloneArguments, ptrace::Registers, supervise},
+    units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
 /// Signals that are ignored by default, except `SIGCONT`, which has side effects.
@@ -46,6 +47,9 @@ const SPECIAL: u64 = 1 << (libc::SIGCONT - 1)
     | 1 << (libc::SIGTSTP - 1)
     | 1 << (libc::SIGTTIN - 1)
     | 1 << (libc::SIGTTOU - 1);
+
+/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, Linux 5.5): the child has default signal actions.
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// How much of a gap must stay free on both sides of scratch memory.
 const GAP_MARGIN: u64 = 64 << 10;
@@ -270,6 +274,56 @@ impl Session {
         act: &mut dyn FnMut(&Answers),
     ) -> Result<Answers> {
         self.work(threads, position, script, Some(act))
+    }
+
+    /// Has the keeper make a child with a copy of its memory, which `take_over` finds by its pid in the
+    /// pid namespace of the process. The child must never run: its stack pointer points nowhere. In its
+    /// memory, what the session has overwritten is restored.
+    pub(super) fn fork(
+        &mut self,
+        threads: &mut [Tracee],
+        mappings: &[Mapping],
+        take_over: impl FnOnce(i32) -> Result<HostPid>,
+    ) -> Result<()> {
+        // The place of the scratch memory has unmapped memory on both sides.
+        let nowhere = free_place(mappings).0 - GAP_MARGIN;
+        let arguments = CloneArguments {
+            flags: CLONE_CLEAR_SIGHAND | u64::from(libc::CLONE_PTRACE.cast_unsigned()),
+            stack: nowhere,
+            stack_size: GAP_MARGIN / 2,
+            ..CloneArguments::default()
+        };
+        let (bytes, keeper) = (arguments.as_bytes(), &mut threads[0]);
+        let tid = keeper.tid;
+        let (address, stack) = match self.place {
+            Place::Scratch(scratch, signal) => {
+                let address = scratch.table();
+                crate::sys::process::write_memory(tid, address, bytes).map_err(|source| {
+                    let len = bytes.len() as u64;
+                    InjectError::Memory { tid, step: "write", address, len, source }
+                })?;
+                // If rcriu is killed now, the frame leads the keeper from this call to the unmapping one.
+                let parked = parked(keeper, &scratch, self.stack);
+                let detour = match self.stack {
+                    Some(_) => self.home.detour(Slot::Keeper, &parked, mask_for(signal))?,
+                    None => None,
+                };
+                (address, detour)
+            }
+            Place::Stack => {
+                let (room, _) = self.home.room().ok_or(InjectError::NoRoom { tid })?;
+                self.home.lend(room, bytes)?;
+                (room, self.stack)
+            }
+        };
+        let call = [address.0, bytes.len() as u64, 0, 0, 0, 0];
+        let made = keeper.call(self.home.call, stack, u64::MAX, libc::SYS_clone3, call);
+        self.park(keeper, self.stack)?;
+        let what = "make a copy of its memory (fork)";
+        let number =
+            made?.map_err(|source| InjectError::Call { tid, what: what.into(), source })?;
+        let copy = take_over(i32::try_from(number).expect("pids are small"))?;
+        self.home.restore_in(copy)
     }
 
     fn work(

@@ -1,13 +1,19 @@
 //! Memories to copy: their contents, and those of the same memory in the parent.
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, io, os::unix::fs::FileExt, slice, sync::Arc};
 
-use super::{PagesError, ProcessMemory, Result, Stretch, scan, stretch::for_each_run};
+use super::{
+    PagesError, ProcessMemory, Result, Stretch,
+    process::is_forked,
+    scan,
+    stretch::{for_each_run, len},
+};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::MemoryId,
+    proc::Mapping,
     sys::swap,
-    units::PageIndex,
+    units::{HostPid, PageIndex, RemoteAddr, page_bytes},
 };
 
 /// Where the contents of a memory are.
@@ -51,6 +57,45 @@ impl Memory {
         })?;
         let id = MemoryId::Shared(shmid);
         Ok(Self { id, origin: Origin::Object { file, name }, stretches, parent: None, running })
+    }
+
+    /// Returns how many of its bytes have to be copied while the process is stopped: those that a shadow
+    /// does not have.
+    pub fn bytes_to_copy_first(&self, mappings: &[Mapping]) -> u64 {
+        match self.origin {
+            Origin::Process(_) => {
+                self.unforked(mappings).map(|stretch| page_bytes(stretch.pages)).sum()
+            }
+            Origin::Object { .. } => {
+                let to_read = self.stretches.iter().filter(|stretch| !stretch.unwritten);
+                to_read.map(|stretch| page_bytes(stretch.pages)).sum()
+            }
+        }
+    }
+
+    /// From now on, reads the memory of a stopped process from its shadow. What that does not have is
+    /// read now.
+    ///
+    /// # Errors
+    /// [`PagesError::Open`], [`PagesError::ReadMemory`].
+    pub fn turn_to_shadow(&mut self, shadow: HostPid, mappings: &[Mapping]) -> Result<()> {
+        let mut lacking = Vec::new();
+        for stretch in self.unforked(mappings) {
+            let mut bytes = vec![0; len(stretch.pages)];
+            self.origin.read(slice::from_ref(stretch), &mut bytes, false)?;
+            lacking.push((RemoteAddr(stretch.first.address()), bytes));
+        }
+        self.origin = Origin::Process(ProcessMemory::of_shadow(shadow, mappings, lacking)?);
+        Ok(())
+    }
+
+    fn unforked(&self, mappings: &[Mapping]) -> impl Iterator<Item = &Stretch> {
+        let left_out = mappings.iter().filter(|mapping| !is_forked(mapping));
+        let ranges: Vec<_> = left_out.map(|mapping| mapping.start.0..mapping.end.0).collect();
+        // A page server may turn out not to have a page that the parent has.
+        self.stretches.iter().filter(move |stretch| {
+            ranges.iter().any(|range| range.contains(&stretch.first.address()))
+        })
     }
 
     /// Whether it is a shared object.

@@ -28,16 +28,21 @@ pub use stretch::{Stretch, marked, require_held, require_stored};
 
 use crate::image::SnapshotWriter;
 
-/// Copies all memories into files of `images`, with pages files numbered from 1.
+/// Copies memories into files of `images`, with pages files numbered from `first`.
 ///
 /// If `early`, starts write-back while copying. The dump then ends sooner, but copying takes longer,
 /// so use it for trees that do not resume, or that run during the copy.
 ///
 /// # Errors
 /// A memory cannot be read, or an image cannot be written.
-pub fn write(memories: &[Memory], images: &SnapshotWriter, early: bool) -> Result<Copied> {
+pub fn write(
+    memories: &[Memory],
+    first: u32,
+    images: &SnapshotWriter,
+    early: bool,
+) -> Result<Copied> {
     let mut work = Vec::with_capacity(memories.len());
-    for (number, memory) in (1..).zip(memories) {
+    for (number, memory) in (first..).zip(memories) {
         work.push((memory, FileSink::create(images, memory.id, number, early)?));
     }
     copy(work)

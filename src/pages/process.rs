@@ -34,6 +34,8 @@ pub struct ProcessMemory {
     file: File,
     /// The start of its vDSO, and rcriu's own vDSO, if both have the same length.
     vdsos: Option<(RemoteAddr, &'static OwnVdso)>,
+    /// For a shadow of the process (`inject/shadow.rs`): what that lacks, by address.
+    lacking: Option<Vec<(RemoteAddr, Vec<u8>)>>,
 }
 
 /// The vDSO of rcriu itself.
@@ -67,7 +69,17 @@ impl ProcessMemory {
         let vdso = mappings.iter().find(|mapping| is_vdso(mapping));
         let vdsos = vdso.zip(own_vdso()).filter(|(theirs, own)| theirs.len() == own.len);
         let vdsos = vdsos.map(|(theirs, own)| (theirs.start, own));
-        Ok(Self { pid, file, vdsos })
+        Ok(Self { pid, file, vdsos, lacking: None })
+    }
+
+    /// Opens the memory of a shadow of a process with these mappings. `lacking` is memory of the process
+    /// that the shadow does not have.
+    pub(super) fn of_shadow(
+        shadow: HostPid,
+        mappings: &[Mapping],
+        lacking: Vec<(RemoteAddr, Vec<u8>)>,
+    ) -> Result<Self> {
+        Ok(Self { lacking: Some(lacking), ..Self::open(shadow, mappings)? })
     }
 
     /// Reads runs of pages. If the process is `running`, pages may disappear; they read as zeros.
@@ -76,10 +88,16 @@ impl ProcessMemory {
     /// [`PagesError::ReadMemory`].
     pub(super) fn read(&self, runs: &[Stretch], bytes: &mut [u8], running: bool) -> Result<()> {
         // A running process may fork at any time, and then shares its pages.
-        let pinned = !running && runs.iter().all(|run| run.pinnable) && self.pin(runs, bytes);
+        // A shadow shares all of its pages.
+        let may_pin = !running && self.lacking.is_none();
+        let pinned = may_pin && runs.iter().all(|run| run.pinnable) && self.pin(runs, bytes);
         if !pinned {
             for_each_run(runs, bytes, |run, target| {
                 let address = RemoteAddr(run.first.address());
+                if let Some(bytes) = self.lacking_at(address, target.len()) {
+                    target.copy_from_slice(bytes);
+                    return Ok(());
+                }
                 if run.of_kernel && self.read_own_vdso(address, target) {
                     return Ok(());
                 }
@@ -95,6 +113,14 @@ impl ProcessMemory {
         }
         self.page_out(runs.iter().filter(|run| run.swapped));
         Ok(())
+    }
+
+    /// Returns bytes that the shadow lacks.
+    fn lacking_at(&self, address: RemoteAddr, len: usize) -> Option<&[u8]> {
+        self.lacking.iter().flatten().find_map(|(start, bytes)| {
+            let at = usize::try_from(address.0.checked_sub(start.0)?).ok()?;
+            bytes.get(at..at.checked_add(len)?)
+        })
     }
 
     /// Reads pages of the vDSO from rcriu's own; returns false if it differs.
@@ -140,7 +166,8 @@ impl ProcessMemory {
                 start..start.plus(page_bytes(run.pages))
             })
             .collect();
-        if ranges.is_empty() {
+        // Nothing counts against limits for a shadow, which soon ends.
+        if ranges.is_empty() || self.lacking.is_some() {
             return;
         }
         let done = process::pidfd_open(self.pid).and_then(|fd| process::page_out(&fd, &ranges));
@@ -152,6 +179,13 @@ impl ProcessMemory {
 
 fn is_vdso(mapping: &Mapping) -> bool {
     mapping.name == b"[vdso]"
+}
+
+/// Whether a fork copies the memory of a mapping as it is, so that a shadow has it.
+pub(super) fn is_forked(mapping: &Mapping) -> bool {
+    // The parent may take huge pages of hugetlbfs away from its child.
+    let unlike = VmFlags::DONT_COPY | VmFlags::WIPE_ON_FORK | VmFlags::HUGE_TLB;
+    !mapping.flags.intersects(unlike) && !mapping.name.starts_with(b"/[aio]")
 }
 
 /// Whether pinning pages of a stopped process's mapping leaves no trace: it can read them, and does

@@ -79,15 +79,21 @@ impl PageServer {
         Ok(Self { name, connection, is_callers })
     }
 
-    /// Sends memories, one after the other, and records in `images` which pages were sent. Forgets the
+    /// Sends memories, one after the other, and records in `images` which pages were sent, from number
+    /// `first` on. Forgets the
     /// parents that the server does not have.
     ///
     /// # Errors
     /// A memory cannot be read; a parent chain cannot be read; the server does not do its part; the record
     /// cannot be written.
-    pub fn send(&mut self, memories: &mut [Memory], images: &SnapshotWriter) -> Result<Copied> {
+    pub fn send(
+        &mut self,
+        memories: &mut [Memory],
+        first: u32,
+        images: &SnapshotWriter,
+    ) -> Result<Copied> {
         let mut copied = Copied::default();
-        for (number, memory) in (1..).zip(memories) {
+        for (number, memory) in (first..).zip(memories) {
             if !self.open(memory.id)? {
                 memory.parent = None;
                 require_stored(&mut memory.stretches, None);

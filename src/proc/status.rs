@@ -91,6 +91,8 @@ pub struct Status {
     pub shadow_stack: bool,
     /// The resident memory in KiB; not for zombies and kernel threads.
     pub vm_rss_kib: Option<u64>,
+    /// The page tables in KiB; not for zombies and kernel threads.
+    pub vm_pte_kib: Option<u64>,
     /// The locked memory in KiB; not for zombies and kernel threads.
     pub vm_lck_kib: Option<u64>,
     /// The memory pinned by devices and io_uring in KiB; not for zombies and kernel threads.
@@ -171,6 +173,7 @@ impl Status {
                 .get("x86_Thread_features")
                 .is_some_and(|value| text::words(value).any(|word| word == b"shstk")),
             vm_rss_kib: fields.get("VmRSS").map(|value| kib(value, "VmRSS")).transpose()?,
+            vm_pte_kib: fields.get("VmPTE").map(|value| kib(value, "VmPTE")).transpose()?,
             vm_lck_kib: fields.get("VmLck").map(|value| kib(value, "VmLck")).transpose()?,
             vm_pin_kib: fields.get("VmPin").map(|value| kib(value, "VmPin")).transpose()?,
         })

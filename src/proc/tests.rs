@@ -122,6 +122,7 @@ fn status_is_read() {
         thp_enabled: Some(true),
         shadow_stack: false,
         vm_rss_kib: Some(1728),
+        vm_pte_kib: None,
         vm_lck_kib: None,
         vm_pin_kib: Some(8),
     };

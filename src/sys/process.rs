@@ -134,6 +134,12 @@ pub fn has_ended(pidfd: impl AsFd) -> bool {
     poll(&mut asked, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
+/// Waits until the process of a pidfd has exited with all of its threads.
+pub fn await_end(pidfd: impl AsFd) {
+    let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    while poll(&mut asked, PollTimeout::NONE) == Err(Errno::EINTR) {}
+}
+
 /// Returns how a reaped process has ended (since Linux 6.15).
 pub fn end(pidfd: impl AsFd) -> End {
     let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::new_zeroed() };

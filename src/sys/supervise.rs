@@ -46,7 +46,14 @@ struct Ledger {
     frozen_bytes: AtomicU64,
     /// Files and what to write there, each ended by a zero byte.
     frozen: Orders,
+    /// The number of shadows in `shadows`.
+    shadow_count: AtomicU64,
+    /// For each shadow its pid, its parent, and its pid as the parent sees it.
+    shadows: [[AtomicU64; 3]; MOST_SHADOWS],
 }
+
+/// The most shadows that a ledger has room for.
+const MOST_SHADOWS: usize = 4096;
 
 /// The most bytes that say which cgroups to freeze.
 const ORDER_BYTES: usize = 16 << 10;
@@ -169,6 +176,40 @@ pub fn note_frozen(orders: &[(PathBuf, &str)]) -> bool {
     }
     ledger.frozen_bytes.store(bytes.len() as u64, Ordering::Release);
     true
+}
+
+/// A child of a process of the tree that keeps its memory for the dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShadowPids {
+    /// The shadow.
+    pub pid: HostPid,
+    /// Its parent.
+    pub of: HostPid,
+    /// Its pid in the pid namespace of the parent.
+    pub number: i32,
+}
+
+/// Tells the supervisor of a new shadow. The kernel kills it if the worker is killed, and the
+/// supervisor then has its parent reap it. Returns whether there is room to note it.
+#[must_use]
+pub fn note_shadow(shadow: ShadowPids) -> bool {
+    let Some(ledger) = ledger() else { return true };
+    let count = ledger.shadow_count.load(Ordering::Relaxed);
+    let place = usize::try_from(count).ok().and_then(|count| ledger.shadows.get(count));
+    let Some(place) = place else { return false };
+    let numbers = [shadow.pid.0, shadow.of.0, shadow.number];
+    for (cell, number) in place.iter().zip(numbers) {
+        cell.store(number.cast_unsigned().into(), Ordering::Relaxed);
+    }
+    ledger.shadow_count.store(count + 1, Ordering::Release);
+    true
+}
+
+/// Tells the supervisor that all shadows are gone.
+pub fn clear_shadows() {
+    if let Some(ledger) = ledger() {
+        ledger.shadow_count.store(0, Ordering::Release);
+    }
 }
 
 /// The remains of a killed worker's work on sockets.
@@ -304,6 +345,17 @@ impl Supervisor {
     /// Whether the tree was killed together with the worker.
     pub fn has_doomed(&self) -> bool {
         ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
+    }
+
+    /// Returns the shadows that a killed worker has left behind.
+    pub fn leftover_shadows(&self) -> Vec<ShadowPids> {
+        let Some(ledger) = ledger() else { return Vec::new() };
+        let count = usize::try_from(ledger.shadow_count.load(Ordering::Acquire)).unwrap_or(0);
+        let number = |cell: &AtomicU64| i32::try_from(cell.load(Ordering::Relaxed)).unwrap_or(0);
+        let noted = ledger.shadows.iter().take(count).map(|cells| cells.each_ref().map(number));
+        noted
+            .map(|[pid, of, number]| ShadowPids { pid: HostPid(pid), of: HostPid(of), number })
+            .collect()
     }
 
     /// Freezes the cgroups again that a killed worker has thawed. Returns their files, with the

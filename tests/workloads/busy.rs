@@ -65,7 +65,7 @@ fn busy(checkpoint: &Checkpoint) -> Verdict {
 }
 
 /// Repeats a thing until the checkpoint is over.
-fn until_go(thread: &Checkpoint, mut act: impl FnMut() -> Verdict) -> Verdict {
+pub fn until_go(thread: &Checkpoint, mut act: impl FnMut() -> Verdict) -> Verdict {
     thread.announce();
     while !thread.is_go() {
         act()?;

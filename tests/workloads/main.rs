@@ -20,6 +20,7 @@ mod busy;
 mod cgroups;
 mod clocks;
 mod confined;
+mod cut;
 mod files;
 mod hugetlb;
 mod identity;
@@ -86,6 +87,7 @@ const GROUPS: &[&[Row]] = &[
     signals::ROWS,
     blocked::ROWS,
     busy::ROWS,
+    cut::ROWS,
     files::ROWS,
     odd_files::ROWS,
     locks::ROWS,

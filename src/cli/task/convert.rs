@@ -52,6 +52,8 @@ const PAGER_LOG: &str = "pager.log";
 pub(super) enum UsageError {
     #[error("no process given\nhelp: use -t PID")]
     NoPid,
+    #[error("--live needs --leave-running: the tree runs on while its memory is copied")]
+    LiveEnding,
     #[error("too many words: {}", .0.to_string_lossy())]
     Operand(std::ffi::OsString),
     #[error("--exec-cmd is for restore")]
@@ -139,6 +141,10 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         TreeArgs { leave_stopped: true, .. } => dump::Goal::Tree(Outcome::Stop),
         _ => dump::Goal::Tree(Outcome::Kill),
     };
+    let live = args.memory.live && !pre_dump;
+    if live && goal != dump::Goal::Tree(Outcome::Run) {
+        return Err(UsageError::LiveEnding);
+    }
     Ok(dump::Options {
         root: HostPid(args.tree.tree.ok_or(UsageError::NoPid)?),
         goal,
@@ -167,6 +173,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             external: External::new(external(args)),
         },
         track: track(args),
+        live: live.then(|| dump::LiveOptions::new(args.memory.live_stopped)),
         actions: actions(args),
         stats: stats(args),
     })

@@ -131,6 +131,16 @@ pub(super) struct MemoryArgs {
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
           default_missing_value = "commit")]
     pub auto_dedup: Option<AutoDedupName>,
+    /// Let the tree run on while its memory is copied; needs --leave-running
+    ///
+    /// The tree is stopped only while its state is read. The images show the tree at that moment.
+    #[arg(long)]
+    pub live: bool,
+    /// The most memory that --live copies while the tree is stopped; SIZE may end in K, M or G
+    ///
+    /// That is shared memory, and private memory that a fork leaves out.
+    #[arg(long, value_name = "SIZE", value_parser = size_bytes, default_value = "128M")]
+    pub live_stopped: u64,
     /// How a pre-dump reads memory; rcriu does the same in both modes
     #[arg(long, value_enum, value_name = "MODE")]
     pub pre_dump_mode: Option<PreDumpMode>,

@@ -249,6 +249,7 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
                 file::end_repairs(root, &left);
             }
             let repaired = supervisor.leftover().map(inject::repair);
+            inject::reap_shadows(supervisor.leftover_shadows());
             // Only now: no thread comes home while it is frozen.
             freeze_again(&supervisor);
             match repaired {

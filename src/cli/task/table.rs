@@ -99,6 +99,8 @@ pub(super) const ROWS: &[Row] = &[
     built("tracker", BOTH),
     built("auto-dedup", BOTH),
     refused("auto-dedup", PAGE_SERVER, AFTERWARDS),
+    built("live", DUMP),
+    built("live-stopped", DUMP),
     harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
     built("lazy", RESTORE),
     refused("lazy-pages", BOTH.or(PAGE_SERVER), "restore without it"),

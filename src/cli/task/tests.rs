@@ -56,8 +56,18 @@ const TAKEN_BACK: &str = "
     skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
 
 /// Our own.
-const OURS: [&str; 8] =
-    ["tracker", "chain", "lazy", "link", "keep-originals", "rewrite", "reflink", "json"];
+const OURS: [&str; 10] = [
+    "tracker",
+    "chain",
+    "lazy",
+    "live",
+    "live-stopped",
+    "link",
+    "keep-originals",
+    "rewrite",
+    "reflink",
+    "json",
+];
 
 #[derive(Debug, Parser)]
 struct Line {
@@ -186,6 +196,7 @@ fn default_dump() -> dump::Options {
             external: External::new(Vec::new()),
         },
         track: track::Options::new(false, None),
+        live: None,
         actions: action::Options::new(Vec::new()),
         stats: stats::Options::new(".".into(), false),
     }
@@ -277,6 +288,10 @@ fn lines_of_dump_become_options() {
             dump.store.server = Some(ServerPlace::Socket(5));
         }),
         ("dump -t 7 --address host --port 9", |_| {}),
+        ("dump -t 7 -R --live --live-stopped 1M", |dump| {
+            dump.goal = Goal::Tree(Outcome::Run);
+            dump.live = Some(dump::LiveOptions::new(1 << 20));
+        }),
         ("dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]", |dump| {
             dump.files.unix = UnixOptions::new(true);
             let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
@@ -360,6 +375,10 @@ fn wrong_lines_are_usage_errors() {
     for (line, why) in [
         ("dump", "no process given\nhelp: use -t PID"),
         ("dump -t 7 x", "too many words: x"),
+        (
+            "dump -t 7 --live",
+            "--live needs --leave-running: the tree runs on while its memory is copied",
+        ),
         ("dump -t 7 --exec-cmd x", "--exec-cmd is for restore"),
         ("dump -t 7 --inherit-fd fd[1]:x", "--inherit-fd is for restore"),
     ] {
