@@ -17,11 +17,12 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 
 use common::{
     Cap,
+    busybox::root_file_system,
     live::{PATIENCE, directory, engine, wait_for},
     mounted::Mounted,
     require, slow, stored_bytes,
@@ -31,23 +32,9 @@ use rcriu::sys::socket::receive;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The commands of busybox that the containers use.
-const COMMANDS: &[&str] = &["sh", "sort", "sleep", "cat", "ps", "nc", "ip", "head", "tr"];
-
 /// Counts in a file, and in one on a tmpfs, five times a second.
 const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; echo $i >/dev/shm/count; \
                      sleep 0.2; done";
-
-/// Makes a root file system of busybox.
-fn root_file_system(at: &Path) {
-    for dir in ["bin", "proc", "sys", "dev", "etc", "tmp", "root"] {
-        fs::create_dir_all(at.join(dir)).unwrap();
-    }
-    fs::copy("/bin/busybox", at.join("bin/busybox")).unwrap();
-    for command in COMMANDS {
-        symlink("busybox", at.join("bin").join(command)).unwrap();
-    }
-}
 
 fn needs() {
     require(Cap::Ptrace);
@@ -83,6 +70,8 @@ impl Container {
         let name = dir.path().file_name().unwrap().to_str().unwrap();
         let id: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
         let container = Self { id, dir };
+        fs::create_dir(container.path("bin")).unwrap();
+        symlink(engine(), container.path("bin/criu")).unwrap();
         root_file_system(&container.path("bundle/rootfs"));
         let made = Command::new("runc").arg("spec").current_dir(container.path("bundle")).status();
         assert!(made.unwrap().success());
@@ -115,11 +104,15 @@ impl Container {
         let starts = matches!(command, "run" | "restore");
         let out = if starts { PathBuf::from("/dev/null") } else { self.path("output") };
         let out = fs::File::options().write(true).create(true).truncate(true).open(out).unwrap();
+        // Newer ones have no option for it.
+        let path = std::env::join_paths(
+            std::iter::once(self.path("bin"))
+                .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+        );
         let status = Command::new("runc")
+            .env("PATH", path.unwrap())
             .arg("--root")
             .arg(self.path("state"))
-            .arg("--criu")
-            .arg(engine())
             .arg(command)
             .args(arguments)
             .arg(&self.id)
@@ -455,6 +448,16 @@ fn privileged_a_container_of_runc_with_the_network_of_the_host_goes_on() {
     talk(b"after");
 }
 
+/// A process in a namespace, which ends with this.
+struct Holder(Child);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A network namespace that another program has made: runc gives it to the restore by its file.
 #[test]
 fn privileged_a_container_of_runc_returns_into_a_network_namespace_that_exists() {
@@ -462,25 +465,22 @@ fn privileged_a_container_of_runc_returns_into_a_network_namespace_that_exists()
     require(Cap::Program("unshare"));
     let dir = directory();
     let ready = dir.path().join("ready");
-    let script = format!("ip link set lo up; : >{}; exec sleep 1000", ready.display());
-    let mut holder = Command::new("unshare").args(["-n", "sh", "-c", &script]).spawn().unwrap();
+    let script = format!("busybox ip link set lo up; : >{}; exec sleep 1000", ready.display());
+    let holder = Command::new("unshare").args(["-n", "sh", "-c", &script]).spawn().unwrap();
+    let holder = Holder(holder);
     wait_for("the namespace", || ready.exists());
-    let path = format!("/proc/{}/ns/net", holder.id());
+    let path = format!("/proc/{}/ns/net", holder.0.id());
     let network = || fs::read_link(&path).unwrap();
-    {
-        const TALK: &str = "nc -l -p 7 -e /bin/cat & sleep 0.5; \
-                            (i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done) | \
-                            nc 127.0.0.1 7 | while read i; do echo $i >/tmp/count; done";
-        let container = Container::start(TALK, |config| set_network(config, Some(&path)));
-        let reached = container.counts_on();
-        container.checkpoint("1", &["--tcp-established"]);
-        container.restore(&container.path("1"), &["--tcp-established"]);
-        assert!(container.counts_on() > reached);
-        let seen = container.exec("ls -l /proc/1/ns/net");
-        assert!(seen.contains(network().to_str().unwrap()), "{seen}");
-    }
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    const TALK: &str = "nc -l -p 7 -e /bin/cat & sleep 0.5; \
+                        (i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done) | \
+                        nc 127.0.0.1 7 | while read i; do echo $i >/tmp/count; done";
+    let container = Container::start(TALK, |config| set_network(config, Some(&path)));
+    let reached = container.counts_on();
+    container.checkpoint("1", &["--tcp-established"]);
+    container.restore(&container.path("1"), &["--tcp-established"]);
+    assert!(container.counts_on() > reached);
+    let seen = container.exec("ls -l /proc/1/ns/net");
+    assert!(seen.contains(network().to_str().unwrap()), "{seen}");
 }
 
 /// Waits for the master of a console, which runc sends over a socket with this name.

@@ -1,6 +1,7 @@
 //! Code that the privileged tests and the benchmarks share.
 #![allow(dead_code, clippy::allow_attributes, reason = "every test takes a part of it")]
 
+pub mod busybox;
 pub mod chain;
 pub mod dumps;
 pub mod live;
