@@ -25,7 +25,7 @@ use common::{
     busybox::root_file_system,
     live::{PATIENCE, directory, engine, wait_for},
     mounted::Mounted,
-    require, slow, stored_bytes,
+    require, slow, stored_bytes, trixie,
 };
 use nix::sys::socket::MsgFlags;
 use rcriu::sys::socket::receive;
@@ -682,4 +682,49 @@ fn privileged_checkpointctl_reads_archives_of_podman_and_imgfs() {
             assert!(archive.contains(expected), "{expected}: {archive}");
         }
     }
+}
+
+/// Executes a program in Debian's root, with the file systems of the kernel, the directory of the tests and
+/// those of the programs.
+const IN_TRIXIE: &str = r#"
+set -eu
+root=$1 over=$2
+shift 2
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$over"
+mkdir "$over/upper" "$over/work" "$over/root"
+mount -t overlay overlay -o "lowerdir=$root,upperdir=$over/upper,workdir=$over/work" "$over/root"
+cd "$over/root"
+cp /bin/busybox bin/
+for dir in /proc /sys /dev /tmp "$(dirname "$1")" "$RCRIU_TEST_PROGRAMS"; do
+    mkdir -p ".$dir"
+    mount --rbind "$dir" ".$dir"
+done
+mount -t tmpfs tmpfs run
+mkdir -p mnt/old
+pivot_root . mnt/old
+umount -l /mnt/old
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+exec "$@"
+"#;
+
+/// The runc of Debian 13 passes all tests of this file that have runc only.
+#[test]
+fn privileged_a_newer_runc_does_the_same() {
+    needs();
+    slow();
+    let root = trixie::with("usr/sbin/runc");
+    let dir = directory();
+    let programs = PathBuf::from(engine());
+    let output = Command::new("unshare")
+        .args(["-m", "bash", "-c", IN_TRIXIE, "bash"])
+        .args([&root, dir.path(), &std::env::current_exe().unwrap()])
+        .args(["privileged_", "--skip", "podman", "--skip", "newer_runc"])
+        .env("RCRIU_TEST_PROGRAMS", programs.parent().unwrap())
+        .env("RCRIU_TEST_STRICT", "1")
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success() && said.contains("test result: ok. 9 passed"), "{said}");
 }

@@ -14,11 +14,8 @@ use std::{
 use common::{
     Cap,
     live::{directory, engine},
-    require, skip, slow,
+    require, slow, trixie,
 };
-
-/// Where `tests/debian13` puts its root.
-const ROOT: &str = "/var/cache/rcriu-tests/trixie";
 
 /// Makes Debian's root that of the mount namespace, in which the file system of the script is a tmpfs.
 const ENTER: &str = r#"
@@ -106,15 +103,14 @@ fn privileged_crun_with_libcriu_of_debian_checkpoints_and_restores() {
     slow();
     require(Cap::Ptrace);
     require(Cap::Program("busybox"));
-    if !Path::new(ROOT).join("usr/bin/crun").exists() {
-        skip("Debian 13 with crun (tests/debian13)");
-    }
+    let root = trixie::with("usr/bin/crun");
     let dir = directory();
     fs::create_dir(dir.path().join("root")).unwrap();
     fs::write(dir.path().join("script"), SCRIPT).unwrap();
     let id = format!("rcriu-crun-{}", std::process::id());
     let output = Command::new("unshare")
-        .args(["-m", "bash", "-c", ENTER, "bash", ROOT])
+        .args(["-m", "bash", "-c", ENTER, "bash"])
+        .arg(root)
         .arg(dir.path())
         .arg(engine())
         .arg(&id)

@@ -16,6 +16,7 @@ pub mod recorder;
 pub mod same;
 mod skip;
 pub mod swap;
+pub mod trixie;
 pub mod untouched;
 
 use std::{
