@@ -5,123 +5,22 @@ mod common;
 
 use std::{
     fs::{self, File},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     thread,
 };
 
 use common::{
     Cap,
-    live::{Live, engine, state_of, wait_for},
+    client::{Client, Service, of_type, task},
+    live::{Live, engine, wait_for},
     require,
 };
-use nix::sys::{
-    signal::{Signal, kill},
-    socket::{
-        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
-        socketpair,
-    },
-};
-use proptest::test_runner::{Config, TestRunner};
 use prost::Message;
 use rcriu::proto::rpc::{
-    CriuCgMode, CriuFeatures, CriuOpts, CriuPageServerInfo, CriuReq, CriuReqType, CriuResp,
+    CriuFeatures, CriuOpts, CriuPageServerInfo, CriuReq, CriuReqType, CriuResp,
 };
-
-/// The longest response, in bytes.
-const LONGEST: usize = 1 << 16;
-
-/// A client, with the program that serves it if it was started for that.
-struct Client {
-    socket: OwnedFd,
-    server: Option<Child>,
-}
-
-impl Client {
-    /// Starts `rcriu swrk`.
-    fn of_swrk() -> Self {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .unwrap();
-        // As its standard input, no other program inherits the socket.
-        let server = Command::new(engine())
-            .args(["swrk", "0"])
-            .stdin(theirs)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { socket: ours, server: Some(server) }
-    }
-
-    /// Connects to a service.
-    fn of_service(address: &Path) -> nix::Result<Self> {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(address)?)?;
-        Ok(Self { socket, server: None })
-    }
-
-    fn send(&self, request: &CriuReq) {
-        self.send_bytes(&request.encode_to_vec()).unwrap();
-    }
-
-    fn send_bytes(&self, bytes: &[u8]) -> nix::Result<usize> {
-        send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)
-    }
-
-    /// Returns the next response; `None` at the end.
-    fn receive(&self) -> Option<CriuResp> {
-        let mut packet = vec![0; LONGEST];
-        let read = recv(self.socket.as_raw_fd(), &mut packet, MsgFlags::empty()).unwrap_or(0);
-        (read > 0).then(|| CriuResp::decode(&packet[..read]).unwrap())
-    }
-
-    /// Sends a request, agrees to all notifications, and returns these with the response.
-    fn ask(&self, request: &CriuReq) -> (Vec<String>, CriuResp) {
-        self.send(request);
-        let mut stages = Vec::new();
-        loop {
-            let response = self.receive().expect("a response");
-            if response.r#type() != CriuReqType::Notify {
-                return (stages, response);
-            }
-            let stage = response.notify.and_then(|notify| notify.script).unwrap();
-            stages.push(String::from_utf8(stage).unwrap());
-            self.agree();
-        }
-    }
-
-    fn agree(&self) {
-        self.send(&CriuReq { notify_success: Some(true), ..of_type(CriuReqType::Notify) });
-    }
-
-    /// Waits until the server has ended, and returns its exit code.
-    fn end(self) -> Option<i32> {
-        let Self { socket, server } = self;
-        drop(socket);
-        server.and_then(|mut server| server.wait().unwrap().code())
-    }
-}
-
-fn of_type(kind: CriuReqType) -> CriuReq {
-    CriuReq { r#type: kind.into(), ..CriuReq::default() }
-}
-
-/// Returns a request for a task with the images in `dir`, which must stay open.
-fn task(kind: CriuReqType, dir: &File, opts: CriuOpts) -> CriuReq {
-    let opts = CriuOpts {
-        images_dir_fd: dir.as_raw_fd(),
-        log_level: Some(4),
-        notify_scripts: Some(true),
-        manage_cgroups_mode: Some(CriuCgMode::Ignore.into()),
-        ..opts
-    };
-    CriuReq { opts: Some(opts), ..of_type(kind) }
-}
 
 fn images(live: &Live) -> File {
     fs::create_dir_all(live.images()).unwrap();
@@ -357,42 +256,6 @@ fn privileged_each_task_of_a_connection_has_its_own_log() {
     }
 }
 
-/// A client that disagrees or vanishes at any stage: the tree runs on.
-#[test]
-fn privileged_a_client_that_vanishes_harms_nobody() {
-    require(Cap::Ptrace);
-    let mut live = Live::workload("pipes");
-    let dir = images(&live);
-    let before = live.state();
-    for stage in 0..4 {
-        for vanishes in [false, true] {
-            let client = Client::of_swrk();
-            let opts = CriuOpts { pid: Some(live.root.as_raw()), ..CriuOpts::default() };
-            client.send(&task(CriuReqType::Dump, &dir, opts));
-            for _ in 0..stage {
-                client.receive().unwrap();
-                client.agree();
-            }
-            client.receive().unwrap();
-            if !vanishes {
-                client.send(&of_type(CriuReqType::Notify));
-                let answer = loop {
-                    match client.receive() {
-                        Some(response) if response.r#type() == CriuReqType::Notify => {
-                            client.agree();
-                        }
-                        answer => break answer,
-                    }
-                };
-                assert!(!answer.unwrap().success);
-            }
-            assert_eq!(client.end(), Some(1), "stage {stage}");
-            before.assert_unchanged(&live.state_after(&before));
-            assert!(!live.images().join("inventory.img").exists() || stage == 3);
-        }
-    }
-}
-
 #[test]
 fn versions_and_features_are_told() {
     let client = Client::of_swrk();
@@ -410,64 +273,6 @@ fn versions_and_features_are_told() {
     let found = response.features.unwrap();
     assert!(found.mem_track.is_some() && found.lazy_pages.is_none());
     assert_eq!(client.end(), Some(0));
-}
-
-/// A request of any bytes gets a response or the end of the connection.
-#[test]
-fn any_bytes_are_answered() {
-    let mut runner = TestRunner::new(Config { cases: 60, ..Config::default() });
-    let packets = proptest::collection::vec(proptest::num::u8::ANY, 1..200);
-    runner
-        .run(&packets, |packet| {
-            // A task that is asked for by accident must not be done.
-            let request = CriuReq::decode(packet.as_slice());
-            if request.is_ok_and(|request| request.opts.is_some()) {
-                return Ok(());
-            }
-            let client = Client::of_swrk();
-            client.send_bytes(&packet).unwrap();
-            client.receive();
-            let code = client.end();
-            assert!(matches!(code, Some(0 | 1)), "{code:?}");
-            Ok(())
-        })
-        .unwrap();
-}
-
-/// A service in the background, which ends with this.
-struct Service {
-    address: PathBuf,
-    pidfile: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Service {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (address, pidfile) = (dir.path().join("socket"), dir.path().join("pid"));
-        // Other users are to reach the socket.
-        let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
-        fs::set_permissions(dir.path(), open).unwrap();
-        let mut command = Command::new(engine());
-        command.args(["service", "-d", "--address"]).arg(&address);
-        assert!(command.arg("--pidfile").arg(&pidfile).status().unwrap().success());
-        Self { address, pidfile, _dir: dir }
-    }
-
-    fn pid(&self) -> nix::unistd::Pid {
-        let text = fs::read_to_string(&self.pidfile).unwrap();
-        nix::unistd::Pid::from_raw(text.trim().parse().unwrap())
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let pid = self.pid();
-        kill(pid, Signal::SIGKILL).unwrap();
-        // It is a child of the first process, or of the harness if that adopts orphans.
-        let _ = nix::sys::wait::waitpid(pid, None);
-        wait_for("the end of the service", || matches!(state_of(pid.as_raw()), None | Some('Z')));
-    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 pub mod busybox;
 pub mod chain;
+pub mod client;
 pub mod dumps;
 pub mod live;
 pub mod look;
