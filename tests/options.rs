@@ -82,6 +82,12 @@ const ROWS: &[Row] = &[
             ("address", to_page_server),
             ("port", to_page_server),
             ("ps-socket", to_socket),
+            ("tls", encrypted),
+            ("tls-cacert", encrypted),
+            ("tls-cacrl", encrypted),
+            ("tls-cert", encrypted),
+            ("tls-key", encrypted),
+            ("tls-no-cn-verify", encrypted),
         ],
     ),
     (
@@ -210,6 +216,11 @@ const ROWS: &[Row] = &[
             ("pidfile", page_server_status),
             ("restore-detached", page_server_status),
             ("status-fd", page_server_status),
+            ("tls", encrypted),
+            ("tls-cacert", encrypted),
+            ("tls-cacrl", encrypted),
+            ("tls-cert", encrypted),
+            ("tls-key", encrypted),
         ],
     ),
     (&["ls"], &[("duplicates", duplicates), ("json", json)]),
@@ -826,6 +837,35 @@ fn to_page_server(command: &str) {
     fine(run.dump(command, &arguments.each_ref().map(String::as_str)));
     server.succeed();
     assert!(received.join("pages-1.img").exists() && !run.images().join("pages-1.img").exists());
+}
+
+/// tests/page_server.rs encrypts connections. Here the files are looked for.
+fn encrypted(command: &str) {
+    let dir = directory();
+    let absent = dir.path().join("absent");
+    let image = dir.path().to_str().unwrap();
+    for (options, problem) in [
+        (&["--tls", "--tls-cacert", text(&absent)][..], "absent (--tls-cacert)"),
+        (&["--tls", "--tls-cacert", "/dev/null"], "/dev/null (--tls-cacert) has no certificate"),
+        (&["--tls-cacert", text(&absent), "--tls-no-cn-verify"], ""),
+    ] {
+        let options: Vec<&str> = match command {
+            "page-server" => options.iter().copied().filter(|it| !it.ends_with("verify")).collect(),
+            _ => options.to_vec(),
+        };
+        if problem.is_empty() {
+            fine(usual(command, &options).0);
+        } else if command == "page-server" {
+            refused(&rcriu(&[&[command, "-D", image], &options[..]].concat()), problem);
+        } else {
+            let server = Server::start(&dir.path().join("received"), &[]);
+            let to_server = server.arguments();
+            let to_server = to_server.iter().map(String::as_str);
+            let words: Vec<&str> = to_server.chain(options).collect();
+            refused(&Run::new().dump(command, &words), problem);
+            assert!(!server.end().status.success());
+        }
+    }
 }
 
 fn to_socket(command: &str) {

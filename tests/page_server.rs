@@ -383,6 +383,115 @@ fn holes_must_be_in_the_parent() {
     assert_eq!(fs::read_link(next.join("parent")).unwrap(), Path::new("../base"));
 }
 
+/// Certificates of an authority for both ends, and of another authority for a stranger.
+struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    fn make() -> Self {
+        require(Cap::Program("openssl"));
+        let script = "set -e
+            new='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3'
+            for ca in ca other; do
+                openssl req -x509 $new -subj /CN=$ca -keyout $ca.key -out $ca.pem
+            done
+            sign() {
+                openssl req $new -subj /CN=$1 -keyout $1.key -out $1.csr
+                printf 'basicConstraints=CA:FALSE\\nsubjectAltName=%s\\n' $3 > $1.ext
+                openssl x509 -req -in $1.csr -CA $2.pem -CAkey $2.key -CAcreateserial -days 3 \\
+                    -extfile $1.ext -out $1.pem
+            }
+            sign server ca IP:127.0.0.1
+            sign elsewhere ca DNS:elsewhere.example
+            sign client ca IP:127.0.0.1
+            sign stranger other IP:127.0.0.1
+            touch index
+            printf '[ca]\\ndefault_ca=a\\n[a]\\ndatabase=index\\ndefault_md=sha256\\n' > config
+            openssl ca -config config -keyfile ca.key -cert ca.pem -revoke client.pem
+            openssl ca -config config -keyfile ca.key -cert ca.pem -gencrl -crldays 3 -out revoked.pem";
+        let dir = directory();
+        let mut command = Command::new("sh");
+        let output = command.args(["-c", script]).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self(dir)
+    }
+
+    /// The options of an end with a certificate.
+    fn of(&self, name: &str, authority: &str, more: &[&str]) -> Vec<String> {
+        let path = |file: String| self.0.path().join(file).to_str().unwrap().to_owned();
+        let mut options = vec!["--tls".to_owned()];
+        for (option, file) in [
+            ("--tls-cacert", format!("{authority}.pem")),
+            ("--tls-cert", format!("{name}.pem")),
+            ("--tls-key", format!("{name}.key")),
+        ] {
+            options.extend([option.to_owned(), path(file)]);
+        }
+        for word in more {
+            options.push(if word.ends_with(".pem") {
+                path((*word).to_owned())
+            } else {
+                (*word).to_owned()
+            });
+        }
+        options
+    }
+}
+
+fn words(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn privileged_both_ends_of_an_encrypted_connection_know_each_other() {
+    require(Cap::Ptrace);
+    let certificates = Certificates::make();
+    let mut live = Live::workload("cow_tree");
+    let before = live.state();
+    let received = live.path("received");
+    live.images_name = "sent";
+    let server = certificates.of("server", "ca", &[]);
+    let client = certificates.of("client", "ca", &[]);
+    let revoking = certificates.of("server", "ca", &["--tls-cacrl", "revoked.pem"]);
+    let stranger = certificates.of("stranger", "ca", &[]);
+    let of_other = certificates.of("client", "other", &[]);
+    let elsewhere = certificates.of("elsewhere", "ca", &[]);
+    let any_name = certificates.of("client", "ca", &["--tls-no-cn-verify"]);
+    let nothing = Vec::new();
+    for (of_server, of_dump, problem) in [
+        (&server, &stranger, ""),
+        (&server, &of_other, "invalid peer certificate: UnknownIssuer"),
+        (&elsewhere, &client, "invalid peer certificate: certificate not valid for name"),
+        (&revoking, &client, ""),
+        (&server, &nothing, ""),
+        (&nothing, &client, "agree on TLS"),
+    ] {
+        let server = Server::start(&received, &words(of_server));
+        let output = dump_to(&mut live, &server, "dump", &words(of_dump));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(problem), "{problem}: {said}");
+        let said = server.fail();
+        assert!(images_of_pages(&received).is_empty(), "{said}");
+        assert!(before.differences(&live.state_after(&before)).is_empty(), "{said}");
+    }
+    // A key that belongs to another certificate is refused before anything listens.
+    let mut wrong = certificates.of("server", "ca", &[]);
+    wrong.pop();
+    wrong.push("/dev/null".to_owned());
+    let mut command = Command::new(engine());
+    let output =
+        command.args(["page-server", "-D", text(&received)]).args(&wrong).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("(--tls-key)"), "{said}");
+    let server = Server::start(&received, &words(&elsewhere));
+    let output = dump_to(&mut live, &server, "dump", &words(&any_name));
+    assert!(output.status.success(), "{}", live.complaint(&output, "dump.log"));
+    server.succeed();
+    live.wait_gone();
+    bring(&live.images(), &received);
+    restore_from(&mut live, &received);
+    live.verdict();
+}
+
 /// The other program, if it speaks the same protocol: `criu` of version 4.2, or newer.
 fn criu() -> PathBuf {
     require(Cap::Peer("criu"));
@@ -398,13 +507,17 @@ fn criu() -> PathBuf {
     path
 }
 
-/// Dumps by one program to the server of another one, in a chain of two, and a restore by both.
+/// Dumps by one program to the server of another one, encrypted or not, and a restore by both.
 #[test]
 fn privileged_pages_go_to_and_from_criu() {
     require(Cap::Ptrace);
     let criu = criu();
+    let certificates = Certificates::make();
     for (dumps, serves) in [(true, false), (false, true)] {
-        for restores in [true, false] {
+        for (restores, encrypted) in [(true, false), (false, false), (false, true)] {
+            let of = |name| {
+                if encrypted { certificates.of(name, "ca", &[]) } else { Vec::new() }
+            };
             let program = |is_criu: bool| if is_criu { criu.clone().into() } else { engine() };
             let mut live = Live::workload("cow_tree");
             live.programs = (program(dumps), program(restores));
@@ -417,13 +530,15 @@ fn privileged_pages_go_to_and_from_criu() {
             let (ready, status) = std::io::pipe().unwrap();
             // The shell's descriptor 1 becomes that of the status.
             command.arg(&received).args(["--status-fd", "1", "-o", "server.log"]);
+            command.args(of("server"));
             let server = command.stdin(Stdio::null()).stdout(status).stderr(messages).spawn();
             let mut server = server.unwrap();
             drop(command);
             let mut byte = [1];
             { ready }.read_exact(&mut byte).unwrap();
             live.images_name = "sent";
-            live.dump(&["--page-server", "--address", "127.0.0.1", "--port", &port]);
+            let arguments = ["--page-server", "--address", "127.0.0.1", "--port", &port];
+            live.dump(&[&arguments[..], &words(&of("client"))].concat());
             assert!(server.wait().unwrap().success(), "dumps {dumps}, restores {restores}");
             bring(&live.images(), &received);
             restore_from(&mut live, &received);

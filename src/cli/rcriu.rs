@@ -84,8 +84,8 @@ enum Command {
     ///
     /// Waits for one `rcriu dump --page-server` or `criu dump --page-server`, and writes the
     /// pages that it sends to the image directory. They appear there when all are on disk. The
-    /// other images stay where the dump runs; copy them into the same directory. The
-    /// connection is not encrypted.
+    /// other images stay where the dump runs; copy them into the same directory. --tls encrypts
+    /// the connection.
     #[command(after_help = PAGE_SERVER_EXAMPLE)]
     PageServer(TaskWords),
     /// Serve clients of CRIU's protocol at a socket

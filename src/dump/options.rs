@@ -8,7 +8,7 @@ use super::live;
 use crate::{
     action, inject,
     inject::Outcome,
-    pages::ServerPlace,
+    pages::ServerOptions,
     res::{file, ns, tree},
     step::stats,
     track,
@@ -76,5 +76,5 @@ pub struct Store {
     /// Free the pages in the parent that this dump supersedes (`--auto-dedup`).
     pub(crate) free_parent: bool,
     /// The page server that takes the pages.
-    pub(crate) server: Option<ServerPlace>,
+    pub(crate) server: Option<ServerOptions>,
 }

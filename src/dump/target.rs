@@ -25,7 +25,7 @@ pub(super) struct Target {
 /// The server does not answer, or the directory holds a dump, whose pages would be taken for those of the
 /// new one.
 pub(super) fn connect(store: &Store) -> Result<Option<PageServer>> {
-    let Some(place) = &store.server else { return Ok(None) };
+    let Some(server) = &store.server else { return Ok(None) };
     if let Some(name) = image::leftover(&store.images_dir, true)? {
         let dir = store.images_dir.clone();
         return Err(DumpError::HasPages { dir, name: name.to_string_lossy().into_owned() });
@@ -36,7 +36,7 @@ pub(super) fn connect(store: &Store) -> Result<Option<PageServer>> {
              ancestors when all images are in one place"
         );
     }
-    Ok(Some(PageServer::connect(place)?))
+    Ok(Some(PageServer::connect(server)?))
 }
 
 impl Target {

@@ -6,7 +6,7 @@ use crate::{
     chain::ChainError,
     fault::Injected,
     image::{ImageError, MemoryId, PagemapEntry},
-    pages::{PagesError, wire::WireError},
+    pages::{PagesError, tls::TlsError, wire::WireError},
     sys::lock::LockError,
 };
 
@@ -62,6 +62,9 @@ pub enum PageServerError {
     /// No client could be accepted.
     #[error("wait for a client")]
     Accept(#[source] io::Error),
+    /// The connection cannot be encrypted.
+    #[error("encrypt the connection of the client")]
+    Tls(#[from] TlsError),
     /// Bytes of the client could not be received, or an answer not be sent.
     #[error("{step}")]
     Connection {

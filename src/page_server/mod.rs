@@ -20,6 +20,7 @@ use session::Session;
 
 use crate::{
     image::{self, Part, SnapshotWriter, store::Directory},
+    pages::tls::{self, Secured, TlsOptions},
     sys::{
         fds,
         lock::{Access, DirectoryLocks},
@@ -37,6 +38,8 @@ pub struct Options {
     pub(crate) parent: Option<PathBuf>,
     /// Where the client comes from.
     pub(crate) client: Place,
+    /// How to encrypt the connection, if that is wanted.
+    pub(crate) tls: Option<TlsOptions>,
 }
 
 /// Where the client of a page server comes from.
@@ -57,6 +60,7 @@ pub struct PageServer {
     dir: PathBuf,
     parent: Option<PathBuf>,
     client: Client,
+    tls: Option<TlsOptions>,
     _locks: DirectoryLocks,
 }
 
@@ -72,7 +76,8 @@ impl PageServer {
     /// # Errors
     /// The directory cannot be used, or holds a dump; the address cannot be listened on.
     pub fn start(options: &Options) -> Result<Self> {
-        let Options { images_dir, parent, client } = options;
+        let Options { images_dir, parent, client, tls } = options;
+        tls.as_ref().map_or(Ok(()), tls::check)?;
         let problem =
             |problem: String| PageServerError::Directory { path: images_dir.clone(), problem };
         let dir = images_dir.canonicalize().map_err(|error| problem(error.to_string()))?;
@@ -85,7 +90,8 @@ impl PageServer {
         if let Some(parent) = parent {
             lock_parents(&dir, parent, &mut locks)?;
         }
-        Ok(Self { parent: parent.clone(), client: Client::open(client)?, dir, _locks: locks })
+        let (parent, client) = (parent.clone(), Client::open(client)?);
+        Ok(Self { dir, parent, client, tls: tls.clone(), _locks: locks })
     }
 
     /// Returns the address on which the server listens, if it does so.
@@ -101,7 +107,7 @@ impl PageServer {
     /// # Errors
     /// Why not all pages were received. None is left in the directory.
     pub fn serve(self) -> Result<()> {
-        let Self { dir, parent, client, _locks } = self;
+        let Self { dir, parent, client, tls, _locks } = self;
         let is_callers = matches!(client, Client::Here(_));
         let stream = match client {
             Client::Here(stream) => stream,
@@ -116,6 +122,10 @@ impl PageServer {
         if let Err(error) = prepared.and_then(|()| stream.set_nodelay(true)) {
             log::debug!("the connection of the client: {error}");
         }
+        let stream = match &tls {
+            None => Secured::Plain(stream),
+            Some(tls) => tls::accept(tls, stream)?,
+        };
         let images = SnapshotWriter::begin_part(&dir, Part::Pages)?;
         if let Some(parent) = &parent {
             images.link_parent(parent)?;

@@ -12,6 +12,7 @@ use crate::{
     image::{MemoryId, PagemapEntry, Presence, SnapshotWriter},
     pages::{
         FileSink, PageSink,
+        tls::Secured,
         wire::{Command, HEAD_BYTES, encode_memory},
     },
     sys::fds,
@@ -31,8 +32,8 @@ enum Next {
 }
 
 /// A conversation over a connection.
-pub(super) struct Session<S> {
-    stream: S,
+pub(super) struct Session<S: Read + Write> {
+    stream: Secured<S>,
     images: SnapshotWriter,
     dir: PathBuf,
     /// The directory of the previous dump; `None` if the parent link says which.
@@ -58,7 +59,7 @@ struct Receiving {
 
 impl<S: Read + Write> Session<S> {
     pub(super) fn new(
-        stream: S,
+        stream: Secured<S>,
         images: SnapshotWriter,
         (dir, parent): (PathBuf, Option<PathBuf>),
         is_callers: bool,
@@ -86,13 +87,15 @@ impl<S: Read + Write> Session<S> {
         let kept = keep(images);
         // A client that gets no answer, or another one, does not count the pages as sent.
         let status: i32 = if kept.is_ok() { 0 } else { -1 };
-        let answered = stream.write_all(&status.to_le_bytes());
+        let answered = stream.write_all(&status.to_le_bytes()).and_then(|()| stream.flush());
         kept?;
         answered.map_err(|source| PageServerError::Connection {
             step: "tell the client that all pages are on disk",
             source,
         })?;
         log::info!("received {memories} memories");
+        // The pages are safe, whether or not the client waits for this.
+        let _ = stream.finish();
         // The side that ends the connection first keeps its address busy for a while.
         if !is_callers {
             let _ = stream.read(&mut [0]);
@@ -138,6 +141,7 @@ impl<S: Read + Write> Session<S> {
     fn answer(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream
             .write_all(bytes)
+            .and_then(|()| self.stream.flush())
             .map_err(|source| PageServerError::Connection { step: "answer the client", source })
     }
 

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf};
 
+use super::tls::TlsError;
 use crate::{
     chain::ChainError,
     fault::Injected,
@@ -73,6 +74,14 @@ pub enum PagesError {
         name: String,
         /// The cause.
         source: io::Error,
+    },
+    /// The connection to a page server cannot be encrypted.
+    #[error("page server {name}: encrypt the connection")]
+    Tls {
+        /// Its address.
+        name: String,
+        /// The cause.
+        source: TlsError,
     },
     /// The parent chain cannot be used.
     #[error(transparent)]

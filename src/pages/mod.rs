@@ -15,13 +15,14 @@ pub mod scan;
 mod sink;
 mod source;
 mod stretch;
+pub mod tls;
 pub mod wire;
 
 pub use copy::{Copied, Counts, copy};
 pub use error::{PagesError, Result};
 pub use memory::{Memory, Origin, parent_memory};
 pub use process::ProcessMemory;
-pub use remote::{PageServer, ServerPlace};
+pub use remote::{PageServer, ServerOptions, ServerPlace};
 pub use sink::{FileSink, PageSink};
 pub use source::{Chunk, Chunks};
 pub use stretch::{Stretch, marked, require_held, require_stored};

@@ -14,6 +14,7 @@ use std::{
 use super::{
     Copied, Memory, PageSink, PagesError, Result, copy,
     stretch::require_stored,
+    tls::{self, Secured, TlsOptions},
     wire::{CLOSED_BYTES, Command, HEAD_BYTES, OPENED_BYTES, encode_memory},
 };
 use crate::{
@@ -41,11 +42,20 @@ pub enum ServerPlace {
     Socket(i32),
 }
 
+/// Where a page server is, and how to speak with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Where it is.
+    pub place: ServerPlace,
+    /// How to encrypt the connection, if that is wanted.
+    pub tls: Option<TlsOptions>,
+}
+
 /// A connection to a page server.
 #[derive(Debug)]
 pub struct PageServer {
     name: String,
-    connection: Connection,
+    connection: Secured<Connection>,
     /// Whether the caller may keep the socket, so that its end does not tell the server.
     is_callers: bool,
 }
@@ -54,8 +64,8 @@ impl PageServer {
     /// Connects to a page server.
     ///
     /// # Errors
-    /// [`PagesError::NoServer`], [`PagesError::Server`].
-    pub fn connect(place: &ServerPlace) -> Result<Self> {
+    /// [`PagesError::NoServer`], [`PagesError::Server`], [`PagesError::Tls`].
+    pub fn connect(ServerOptions { place, tls }: &ServerOptions) -> Result<Self> {
         let (name, connected) = match place {
             ServerPlace::Address(host, port) => {
                 let name = format!("{host}:{port}");
@@ -76,6 +86,15 @@ impl PageServer {
             step: "connect",
             source,
         })?;
+        let host = match place {
+            ServerPlace::Address(host, _) => Some(host.as_str()),
+            ServerPlace::Socket(_) => None,
+        };
+        let connection = match tls {
+            None => Secured::Plain(connection),
+            Some(tls) => tls::connect(tls, host, connection)
+                .map_err(|source| PagesError::Tls { name: name.clone(), source })?,
+        };
         Ok(Self { name, connection, is_callers })
     }
 
@@ -110,11 +129,15 @@ impl PageServer {
     /// # Errors
     /// [`PagesError::Server`].
     pub fn close(mut self) -> Result<()> {
-        self.connection.patience = PATIENCE_AT_END;
+        self.connection.socket().patience = PATIENCE_AT_END;
         self.command(&Command::Close { forced: self.is_callers })?;
         let answer = self.answer::<CLOSED_BYTES>("receive its word that it has all pages")?;
         match i32::from_le_bytes(answer) {
-            0 => Ok(()),
+            0 => {
+                // The pages are safe, whether or not the server waits for this.
+                let _ = self.connection.finish();
+                Ok(())
+            }
             status => {
                 let problem = format!("it reports status {status}, expected 0");
                 Err(self.failed("write the pages", io::Error::other(problem)))
@@ -135,7 +158,7 @@ impl PageServer {
 
     fn answer<const LENGTH: usize>(&mut self, step: &'static str) -> Result<[u8; LENGTH]> {
         let mut answer = [0; LENGTH];
-        let read = self.connection.read_exact(&mut answer);
+        let read = self.connection.flush().and_then(|()| self.connection.read_exact(&mut answer));
         read.map_err(|source| self.failed(step, source)).map(|()| answer)
     }
 

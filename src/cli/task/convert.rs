@@ -24,7 +24,7 @@ use crate::{
     dedup, dump,
     inject::{FreezeOptions, Outcome},
     lazy, page_server,
-    pages::ServerPlace,
+    pages::{ServerOptions, ServerPlace, tls::TlsOptions},
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
@@ -180,7 +180,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
 }
 
 /// Returns where the page server is, if the user wants one.
-fn server(args: &TaskArgs) -> Result<Option<ServerPlace>, UsageError> {
+fn server(args: &TaskArgs) -> Result<Option<ServerOptions>, UsageError> {
     let server = &args.server;
     if !server.page_server {
         return Ok(None);
@@ -188,11 +188,24 @@ fn server(args: &TaskArgs) -> Result<Option<ServerPlace>, UsageError> {
     if args.images.chain.is_some() {
         return Err(UsageError::ChainAtServer);
     }
-    match (server.ps_socket, &server.address, server.port) {
-        (Some(fd), _, _) => Ok(Some(ServerPlace::Socket(fd))),
-        (None, Some(address), Some(port)) => Ok(Some(ServerPlace::Address(address.clone(), port))),
-        _ => Err(UsageError::NoServer),
-    }
+    let place = match (server.ps_socket, &server.address, server.port) {
+        (Some(fd), _, _) => ServerPlace::Socket(fd),
+        (None, Some(address), Some(port)) => ServerPlace::Address(address.clone(), port),
+        _ => return Err(UsageError::NoServer),
+    };
+    Ok(Some(ServerOptions { place, tls: tls(args) }))
+}
+
+/// Returns how to encrypt the connection between a dump and a page server, if that is wanted.
+fn tls(args: &TaskArgs) -> Option<TlsOptions> {
+    let server = &args.server;
+    server.tls.then(|| TlsOptions {
+        cacert: server.tls_cacert.clone(),
+        cacrl: server.tls_cacrl.clone(),
+        cert: server.tls_cert.clone(),
+        key: server.tls_key.clone(),
+        any_name: server.tls_no_cn_verify,
+    })
 }
 
 /// Returns the options of a page server.
@@ -211,6 +224,7 @@ pub(super) fn page_server_options(args: &TaskArgs) -> Result<page_server::Option
         images_dir: args.images.images_dir.clone(),
         parent: args.images.prev_images_dir.clone(),
         client,
+        tls: tls(args),
     })
 }
 

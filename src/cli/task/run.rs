@@ -126,8 +126,8 @@ fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWord
 
 /// The parsed command.
 enum Work {
-    Dump(dump::Options),
-    Restore(restore::Options),
+    Dump(Box<dump::Options>),
+    Restore(Box<restore::Options>),
     /// With the directory of the image.
     Cpuinfo(CpuinfoWork, PathBuf),
 }
@@ -309,9 +309,9 @@ impl Work {
     /// Returns what a command line asks for; `None` for a task that no client of the service asks for.
     fn of(task: Task, args: &TaskArgs) -> Option<Result<Self, UsageError>> {
         Some(match task {
-            Task::Dump => convert::dump_options(args, false).map(Self::Dump),
-            Task::PreDump => convert::dump_options(args, true).map(Self::Dump),
-            Task::Restore => convert::restore_options(args).map(Self::Restore),
+            Task::Dump => convert::dump_options(args, false).map(Box::new).map(Self::Dump),
+            Task::PreDump => convert::dump_options(args, true).map(Box::new).map(Self::Dump),
+            Task::Restore => convert::restore_options(args).map(Box::new).map(Self::Restore),
             Task::Cpuinfo => {
                 let dir = args.images.images_dir.clone();
                 convert::cpuinfo_work(args).map(|work| Self::Cpuinfo(work, dir))

@@ -70,7 +70,6 @@ use State::{Built, Harmless, Refused};
 const NO_FILES: &str = "a pre-dump writes only memory";
 const NOT_LAZY: &str = "restore from a directory that has all pages";
 const AFTERWARDS: &str = "rcriu dedup frees superseded pages when all images are in one place";
-const TLS: &str = "use the page server through a tunnel of ssh or WireGuard";
 
 /// Every option except `help` and `version`.
 pub(super) const ROWS: &[Row] = &[
@@ -191,12 +190,19 @@ pub(super) const ROWS: &[Row] = &[
     refused("ps-socket", RESTORE, NOT_LAZY),
     refused("status-fd", BOTH, "wait for the exit code"),
     built("status-fd", SERVICE.or(PAGE_SERVER)),
-    refused("tls", BOTH.or(PAGE_SERVER), TLS),
-    refused("tls-cacert", BOTH.or(PAGE_SERVER), TLS),
-    refused("tls-cacrl", BOTH.or(PAGE_SERVER), TLS),
-    refused("tls-cert", BOTH.or(PAGE_SERVER), TLS),
-    refused("tls-key", BOTH.or(PAGE_SERVER), TLS),
-    refused("tls-no-cn-verify", BOTH.or(PAGE_SERVER), TLS),
+    built("tls", DUMPS.or(PAGE_SERVER)),
+    refused("tls", RESTORE, NOT_LAZY),
+    built("tls-cacert", DUMPS.or(PAGE_SERVER)),
+    refused("tls-cacert", RESTORE, NOT_LAZY),
+    built("tls-cacrl", DUMPS.or(PAGE_SERVER)),
+    refused("tls-cacrl", RESTORE, NOT_LAZY),
+    built("tls-cert", DUMPS.or(PAGE_SERVER)),
+    refused("tls-cert", RESTORE, NOT_LAZY),
+    built("tls-key", DUMPS.or(PAGE_SERVER)),
+    refused("tls-key", RESTORE, NOT_LAZY),
+    built("tls-no-cn-verify", DUMPS),
+    harmless("tls-no-cn-verify", PAGE_SERVER, "the name of the client is never compared"),
+    refused("tls-no-cn-verify", RESTORE, NOT_LAZY),
     // Check
     built("extra", CHECK),
     built("experimental", CHECK),

@@ -12,7 +12,7 @@ use crate::{
     dump::{self, Goal},
     inject::{FreezeOptions, Outcome},
     lazy, page_server,
-    pages::ServerPlace,
+    pages::{ServerOptions, ServerPlace},
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
@@ -282,10 +282,12 @@ fn lines_of_dump_become_options() {
             },
         ),
         ("dump -t 7 --page-server --address host --port 9", |dump| {
-            dump.store.server = Some(ServerPlace::Address("host".to_owned(), 9));
+            let place = ServerPlace::Address("host".to_owned(), 9);
+            dump.store.server = Some(ServerOptions { place, tls: None });
         }),
         ("dump -t 7 --page-server --ps-socket 5 --address host", |dump| {
-            dump.store.server = Some(ServerPlace::Socket(5));
+            let place = ServerPlace::Socket(5);
+            dump.store.server = Some(ServerOptions { place, tls: None });
         }),
         ("dump -t 7 --address host --port 9", |_| {}),
         ("dump -t 7 -R --live --live-stopped 1M", |dump| {
@@ -444,7 +446,7 @@ fn what_is_not_built_is_refused_by_name() {
     };
     for (task, line, expected) in [
         (Task::Restore, "--lazy-pages", Some("--lazy-pages")),
-        (Task::Dump, "-t 7 --page-server --tls", Some("--tls")),
+        (Task::Restore, "--tls", Some("--tls")),
         (Task::PageServer, "--auto-dedup", Some("--auto-dedup")),
         (Task::Dump, "-t 7 --manage-cgroups", None),
         (Task::Dump, "-t 7 --cgroup-yard=y", None),
@@ -520,7 +522,8 @@ fn lines_of_other_commands_are_left_alone() {
 #[test]
 fn page_servers_listen_as_they_are_told() {
     let options = |line: &str| convert::page_server_options(&args(line));
-    let of = |client| page_server::Options { images_dir: "d".into(), parent: None, client };
+    let of =
+        |client| page_server::Options { images_dir: "d".into(), parent: None, client, tls: None };
     for (line, expected) in [
         ("page-server -D d", page_server::Place::Address("0.0.0.0".to_owned(), 0)),
         (
