@@ -148,7 +148,8 @@ mod tests {
         let external = vec!["macvlan[mac0]:eth9".to_owned()];
         let options = Options::new(external, Inherited::default());
         let r#type = NdType::Macvlan.into();
-        let mut device = NetDeviceEntry { r#type, name: b"mac0".to_vec(), ..device };
+        let mut device =
+            NetDeviceEntry { r#type, name: b"mac0".to_vec(), ..NetDeviceEntry::default() };
         options.apply(&mut device);
         assert_eq!(device.rcriu_link.unwrap().outside.unwrap().name, b"eth9");
     }
