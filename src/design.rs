@@ -517,8 +517,15 @@
 //! what has no mount in the images, such as a watch, is looked up where a process has it open.
 //!
 //! The first process must be able to return home, so a tree that has a user namespace, but shares a
-//! namespace with the dumper of which it has others, is refused. So are nested pid and user namespaces:
-//! the images have one number for each process and user.
+//! namespace with the dumper of which it has others, is refused. So are nested user namespaces: the
+//! images have one number for each user.
+//!
+//! Pid namespaces are nested. Images have the numbers in that of the tree, and as an extension those in the
+//! namespaces below ([`crate::units::PidMap::below`]). A process in such a namespace passes other numbers to
+//! calls ([`crate::units::LocalPid`]). A namespace begins with its first process, which its maker makes with
+//! `CLONE_NEWPID` and all its numbers (`set_tid`); then this process mounts the proc file systems that
+//! show the namespace ([`crate::res::ns::mnt`]), since no other can. A process group that has no number
+//! below is inherited: the maker joins it first.
 //!
 //! The first process of a pid namespace ends last: the kernel keeps it until all others have been
 //! waited for. So code that kills a tree waits for its processes in whatever order they end.
@@ -531,8 +538,9 @@
 //!
 //! # Invariants
 //!
-//! - Numbers of processes in images, and in calls that processes of the tree make, are those of
-//!   the tree's own pid namespace ([`crate::units::NsPid`]); numbers that the kernel gives this
+//! - Numbers of processes in images are those of the tree's own pid namespace
+//!   ([`crate::units::NsPid`]); numbers in calls that processes of the tree make are those of the
+//!   caller's pid namespace ([`crate::units::LocalPid`]); numbers that the kernel gives this
 //!   program are [`crate::units::HostPid`]. Each dump and each restore has one
 //!   [`crate::units::PidMap`], which alone converts between them.
 //! - Image bytes are untrusted. Code relies on a length only once the file has supplied that

@@ -7,7 +7,7 @@ mod ranges;
 use std::fmt;
 
 pub use ids::{HostId, IdMap, IdRange, NO_ID, NsId};
-pub use pids::{HostPid, NsPid, PidMap};
+pub use pids::{Below, HostPid, LocalPid, NsPid, PidMap};
 pub use ranges::PageRanges;
 
 /// Bytes in the unit in which memory is counted: the smallest page of all machines.

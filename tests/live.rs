@@ -399,6 +399,9 @@ states! {
     mount_namespace_hidden;
     mount_namespace_of_users, elsewhere: restored;
     time_namespace;
+    pid_namespaces;
+    pid_namespace_members;
+    pid_namespace_mounts;
     ipc_namespace;
     ipc_namespace_segments;
     ipc_namespace_queues;
@@ -589,6 +592,11 @@ fn privileged_restored_from_a_mount_with_several_mount_namespaces() {
 }
 
 #[test]
+fn privileged_restored_from_a_mount_with_nested_pid_namespaces() {
+    restored_from_a_mount("pid_namespace_mounts", true);
+}
+
+#[test]
 fn privileged_restored_from_a_mount_with_forks() {
     restored_from_a_mount("cow_tree", false);
 }
@@ -671,6 +679,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("user_namespace_without_a_map", "which its user namespace does not map"),
     ("id_mapped_mount", "with a map of ids of its own"),
     ("child_in_another_cgroup_namespace", "that is not that of process"),
+    ("pid_namespace_entered", "is not the first process of a namespace"),
     ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an unread error"),

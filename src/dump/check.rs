@@ -119,12 +119,17 @@ fn check_births(tasks: &[Task], pids: &PidMap, ids: &[ArenaIds]) -> Result<()> {
     }
     let position = |pid| tasks.iter().position(|task| task.pid == pid);
     let mut kin = Vec::with_capacity(tasks.len());
+    let space = |task: &Task| {
+        // That of a dead process does not matter: nothing is shared with it.
+        proc::thread_namespace(task.pid, task.witness(), "pid").unwrap_or(0)
+    };
     for (task, ids) in tasks.iter().zip(ids) {
         kin.push(Kin {
             pid: pids.ns(task.pid),
             parent: if kin.is_empty() { None } else { position(task.parent) },
             session: pids.ns(proc::stat(task.pid)?.session),
             ids: *ids,
+            space: space(task),
         });
     }
     Births::plan(&kin, true, false).map_err(|(pid, problem)| ResError::Refused {

@@ -92,16 +92,17 @@ impl<'a> Collection<'a> {
         let pid = task.pid;
         let stat = proc::stat(pid)?;
         let number = |pid: HostPid| self.pids.ns(pid).image();
-        let mut threads: Vec<u32> = task.threads.iter().map(|thread| number(thread.tid)).collect();
-        if threads.first() != Some(&number(pid)) {
-            threads.insert(0, number(pid));
+        let mut threads: Vec<HostPid> = task.threads.iter().map(|thread| thread.tid).collect();
+        if threads.first() != Some(&pid) {
+            threads.insert(0, pid);
         }
         self.pstree.push(proto::PstreeEntry {
             pid: number(pid),
             ppid: if position == 0 { 0 } else { number(task.parent) },
             pgid: number(stat.pgrp),
             sid: number(stat.session),
-            threads,
+            threads: threads.iter().copied().map(number).collect(),
+            ..self.below(pid, &threads, &stat)
         });
         if task.is_zombie() {
             return Ok(self.write_one(Kind::Core, pid, &task::zombie(pid)?)?);
@@ -151,6 +152,27 @@ impl<'a> Collection<'a> {
     /// Why one cannot be dumped.
     pub(super) fn namespaces(&mut self, tasks: &[Task], options: &ns::Options) -> Result<()> {
         Ok(self.namespaces.dump(tasks, self.pids.ids(), options, self.images)?)
+    }
+
+    /// Returns an entry with the numbers of a process in the pid namespaces below that of the tree.
+    fn below(&self, pid: HostPid, threads: &[HostPid], stat: &proc::Stat) -> proto::PstreeEntry {
+        let Some(below) = self.pids.below() else { return proto::PstreeEntry::default() };
+        let spaces = below.numbers(self.pids.ns(pid));
+        let numbers = |of: HostPid| {
+            let known = below.numbers(self.pids.ns(of));
+            let here = |(space, _): &(u64, i32)| {
+                let found = known.iter().find(|(other, _)| other == space);
+                found.map_or(0, |(_, number)| number.cast_unsigned())
+            };
+            spaces.iter().map(here).collect::<Vec<u32>>()
+        };
+        proto::PstreeEntry {
+            rcriu_pids: numbers(pid),
+            rcriu_groups: numbers(stat.pgrp),
+            rcriu_sessions: numbers(stat.session),
+            rcriu_tids: threads.iter().copied().flat_map(numbers).collect(),
+            ..Default::default()
+        }
     }
 
     fn write_one<M: prost::Message>(

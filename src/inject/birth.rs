@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 use super::{InjectError, Result, Scratch, Script, Tracee, await_end, await_stop};
 use crate::{
     sys::process::{self, CloneArguments},
-    units::{HostPid, NsPid},
+    units::HostPid,
 };
 
 /// The pid that the kernel gave last in the pid namespace of the writer.
@@ -18,13 +18,13 @@ const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 const TRIES: usize = 20;
 
 /// A process or thread to be made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Its pid in the pid namespace of its maker.
-    pub pid: NsPid,
-    /// Whether that is the pid namespace of rcriu.
+    /// Its pids in the pid namespaces that it is in, from the innermost one to that of its tree.
+    pub chosen: Vec<i32>,
+    /// Whether the last of these namespaces is that of rcriu.
     pub in_own_namespace: bool,
-    /// The rest; the pid is filled in.
+    /// The rest; the pids are filled in.
     pub arguments: CloneArguments,
 }
 
@@ -36,12 +36,12 @@ impl Wanted {
     ///
     /// # Errors
     /// [`InjectError::Call`], with `EEXIST` if the pid is in use.
-    pub fn make(self, scratch: &Scratch, maker: &mut Tracee) -> Result<HostPid> {
+    pub fn make(&self, scratch: &Scratch, maker: &mut Tracee) -> Result<HostPid> {
         let (script, _) = self.script(true);
         let denied = match run(scratch, maker, &script) {
             Ok(born) => return Ok(born),
             Err(error @ InjectError::Call { source: Errno::EPERM, .. })
-                if self.in_own_namespace =>
+                if self.in_own_namespace && self.chosen.len() == 1 =>
             {
                 error
             }
@@ -51,11 +51,11 @@ impl Wanted {
         // Pids are to be given on from where they were: others may rely on theirs for a while.
         let _last = LastPid::keep();
         for _ in 0..TRIES {
-            if fs::write(LAST_PID, (self.pid.raw() - 1).to_string()).is_err() {
+            if fs::write(LAST_PID, (self.pid() - 1).to_string()).is_err() {
                 return Err(denied);
             }
             let born = run(scratch, maker, &script)?;
-            if born.0 == self.pid.raw() {
+            if born.0 == self.pid() {
                 return Ok(born);
             }
             // Another process was faster.
@@ -64,22 +64,29 @@ impl Wanted {
         Err(InjectError::Call { tid: maker.tid, what, source: Errno::EEXIST })
     }
 
-    fn script(self, with_pid: bool) -> (Script, String) {
+    /// Returns its pid in the pid namespace of its tree.
+    fn pid(&self) -> i32 {
+        self.chosen.last().copied().unwrap_or(0)
+    }
+
+    fn script(&self, with_pid: bool) -> (Script, String) {
         let mut script = Script::new();
-        let set_tid = script.bytes(&self.pid.raw().to_le_bytes());
-        let arguments = CloneArguments { set_tid_size: with_pid.into(), ..self.arguments };
+        let pids: Vec<u8> = self.chosen.iter().copied().flat_map(i32::to_ne_bytes).collect();
+        let set_tid = script.bytes(&pids);
+        let set_tid_size = if with_pid { self.chosen.len() as u64 } else { 0 };
+        let arguments = CloneArguments { set_tid_size, ..self.arguments };
         let buffer = script.bytes(arguments.as_bytes());
         if with_pid {
             script.point(buffer, offset_of!(CloneArguments, set_tid), set_tid);
         }
-        let what = format!("make process {}", self.pid);
+        let what = format!("make process {}", self.pid());
         let size = size_of::<CloneArguments>();
         script.call(what.clone(), libc::SYS_clone3, &[buffer.into(), size.into()]);
         (script, what)
     }
 
     /// Ends a process or thread that got another pid.
-    fn discard(self, scratch: &Scratch, maker: &mut Tracee, born: HostPid) -> Result<()> {
+    fn discard(&self, scratch: &Scratch, maker: &mut Tracee, born: HostPid) -> Result<()> {
         let mut other = await_stop(born)?;
         let mut script = Script::new();
         if self.arguments.flags & u64::from(libc::CLONE_THREAD.cast_unsigned()) != 0 {

@@ -16,7 +16,7 @@ use crate::{
     causes::with_sources,
     proc,
     sys::process::{self, CloneArguments},
-    units::{HostPid, NsPid},
+    units::{HostPid, LocalPid, NsPid},
 };
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5).
@@ -94,7 +94,8 @@ impl Helpers {
                 flags: CLONE_CLEAR_SIGHAND | CLONE_FILES,
                 ..CloneArguments::default()
             };
-            let wanted = Wanted { pid, in_own_namespace: first.in_own_namespace, arguments };
+            let chosen = vec![pid.raw()];
+            let wanted = Wanted { chosen, in_own_namespace: first.in_own_namespace, arguments };
             let tid = wanted.make(&first.scratch, &mut first.tracee)?;
             // It has a copy of the memory of its maker.
             let tracee = Box::new(await_stop(tid)?);
@@ -209,7 +210,8 @@ impl Drop for Helper {
         drop(Kill(tracee.tid));
         if let Some((maker, pid)) = maker {
             let mut script = Script::new();
-            let arguments = [(*pid).into(), 0.into(), libc::__WALL.into(), 0.into()];
+            let pid_there = LocalPid::in_tree(*pid);
+            let arguments = [pid_there.into(), 0.into(), libc::__WALL.into(), 0.into()];
             script.call("reap a helper", libc::SYS_wait4, &arguments);
             if let Err(error) = maker.run_first(&script) {
                 log::warn!("helper {pid}: {}", with_sources(&error));

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     arch::{ARGUMENTS, Entry},
-    units::{NsPid, RemoteAddr},
+    units::{LocalPid, RemoteAddr},
 };
 
 /// Results from this value on are negated error numbers (`include/linux/err.h`).
@@ -76,8 +76,8 @@ impl From<usize> for Arg {
     }
 }
 
-impl From<NsPid> for Arg {
-    fn from(pid: NsPid) -> Self {
+impl From<LocalPid> for Arg {
+    fn from(pid: LocalPid) -> Self {
         Self::from(pid.raw())
     }
 }

@@ -3,7 +3,12 @@
 use nix::libc;
 
 use super::{ResError, Result};
-use crate::{image::proto, inject::Script, sys::ptrace::SIGINFO_BYTES, units::NsPid};
+use crate::{
+    image::proto,
+    inject::Script,
+    sys::ptrace::SIGINFO_BYTES,
+    units::{LocalPid, NsPid},
+};
 
 /// Builds the image entry for a queue of `siginfo_t` structures.
 pub fn queue(signals: Vec<Vec<u8>>) -> proto::SignalQueueEntry {
@@ -12,20 +17,19 @@ pub fn queue(signals: Vec<Vec<u8>>) -> proto::SignalQueueEntry {
 }
 
 /// Adds the calls by which a process (if `thread` is `None`) or a thread queues signals for
-/// itself.
+/// itself. `of` is its number in the images.
 ///
 /// # Errors
 /// [`ResError::Image`] for an entry that is not a `siginfo_t`.
 pub fn requeue(
     queue: &proto::SignalQueueEntry,
-    pid: NsPid,
-    thread: Option<NsPid>,
+    of: NsPid,
+    pid: LocalPid,
+    thread: Option<LocalPid>,
     script: &mut Script,
 ) -> Result<()> {
-    let malformed = || ResError::Image {
-        pid: thread.unwrap_or(pid),
-        problem: "a queued signal is not a siginfo_t".into(),
-    };
+    let malformed =
+        || ResError::Image { pid: of, problem: "a queued signal is not a siginfo_t".into() };
     for entry in &queue.signals {
         let number = entry.siginfo.first_chunk().filter(|_| entry.siginfo.len() == SIGINFO_BYTES);
         let signal = i32::from_le_bytes(*number.ok_or_else(malformed)?);

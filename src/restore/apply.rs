@@ -35,12 +35,13 @@ fn process<'a>(plan: &'a Plan, position: usize, own: &'a OfRestorer) -> task::Re
         fs: &body.fs,
         arenas: (&plan.arenas, position),
         own,
+        pids: &plan.pids,
     }
 }
 
 /// Returns what the kinds of state learn about a thread.
 fn thread_of<'a>(
-    plan: &Plan,
+    plan: &'a Plan,
     planned: &TaskPlan,
     of: &'a ThreadPlan,
     own: &'a OfRestorer,
@@ -55,6 +56,7 @@ fn thread_of<'a>(
         session_in_tree,
         parent_exits: planned.parent.is_none() && plan.parent_exits,
         own,
+        pids: &plan.pids,
     }
 }
 
@@ -146,7 +148,7 @@ pub(super) fn all(
             thread::KINDS.iter().for_each(|kind| kind.set_credentials(&of, &mut script));
             if number == 0 {
                 task::KINDS.iter().for_each(|kind| kind.after_credentials(&process, &mut script));
-                files.own(&body.fds, &mut script);
+                files.own(planned.pid, &body.fds, &mut script);
             }
             run(puppets, position, number, &script)?;
         }

@@ -7,6 +7,7 @@
 mod apply;
 mod error;
 mod free;
+mod groups;
 mod lazy;
 mod memory;
 mod objects;

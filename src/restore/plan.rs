@@ -204,7 +204,11 @@ impl Plan {
         if let Some(base) = chain.snapshot(chain.base(snapshot)).directory() {
             lock(base)?;
         }
-        let kin: Vec<Kin> = tree.tasks.iter().map(kin).collect();
+        let kin = Kin::of(&tree.tasks);
+        let below = tree::below(&tree.tasks).map_err(|(pid, problem)| RestoreError::Relation {
+            pid: NsPid::of_image(pid),
+            problem,
+        })?;
         let births = Births::plan(&kin, relations.shell_job, relations.sibling)
             .map_err(|(pid, problem)| RestoreError::Relation { pid, problem })?;
         let tasks = Vec::with_capacity(tree.tasks.len());
@@ -219,7 +223,7 @@ impl Plan {
         } else {
             PidMap::of_own_namespace()
         };
-        let pids = pids.with_ids(namespaces.ids());
+        let pids = pids.with_ids(namespaces.ids()).with_below(below);
         let (common, inventory) = (Vec::new(), tree.inventory);
         let arenas = Arenas::new(kin.iter().map(|kin| kin.ids).collect());
         let mut plan = Self {
@@ -340,12 +344,6 @@ impl Plan {
     pub(super) fn is_outside(&self, leader: NsPid) -> bool {
         !self.tasks.iter().any(|task| task.pid == leader)
     }
-}
-
-/// Returns what decides which process makes this one.
-fn kin(task: &tree::Task) -> Kin {
-    let (pid, session) = (NsPid::of_image(task.entry.pid), NsPid::of_image(task.entry.sid));
-    Kin { pid, parent: task.parent, session, ids: task.ids }
 }
 
 /// Checks that a restore supports everything that the images hold.

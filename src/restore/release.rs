@@ -16,7 +16,7 @@ use crate::{
     res::{task::STOPPED, thread, tree::Child},
     step::StepError,
     sys::ptrace,
-    units::HostPid,
+    units::{HostPid, PidMap},
 };
 
 impl Puppets<'_> {
@@ -34,14 +34,13 @@ impl Puppets<'_> {
             let pid = self.plan.host(helper.pid);
             kill(pid)?;
             await_end(pid)?;
-            let mut script = Script::new();
-            script.call(
-                "reap a helper",
-                libc::SYS_wait4,
-                &[helper.pid.into(), 0.into(), libc::__WALL.into(), 0.into()],
-            );
             match helper.maker {
                 Maker::Task(position) => {
+                    let maker = self.plan.tasks[position].pid;
+                    let number = thread::local(helper.pid, maker, &self.plan.pids)?;
+                    let mut script = Script::new();
+                    let arguments = [number.into(), 0.into(), libc::__WALL.into(), 0.into()];
+                    script.call("reap a helper", libc::SYS_wait4, &arguments);
                     let puppet = self.tasks[position].as_mut().expect("all were made");
                     scratch.run(&mut puppet.threads[0], &script)?;
                 }
@@ -83,7 +82,7 @@ impl Puppets<'_> {
                 let parent = dead.parent.map(|parent| self.plan.tasks[parent].pid);
                 dead.body.is_none() && parent == Some(task.pid)
             });
-            let dead: Vec<_> = dead.map(child).collect();
+            let dead: Vec<_> = dead.map(|dead| child_of(dead, task, &self.plan.pids)).collect();
             let mut script = Script::new();
             self.plan.common.iter().for_each(|kind| kind.children_ended(&dead, &mut script));
             scratch.run(&mut puppet.threads[0], &script)?;
@@ -146,8 +145,8 @@ impl Puppets<'_> {
         let plan = self.plan;
         let task = &plan.tasks[position];
         let children = plan.tasks.iter().filter(|child| child.parent == Some(position));
-        let stopped: Vec<_> =
-            children.filter(|child| self.stays_stopped(child)).map(child).collect();
+        let stopped = children.filter(|child| self.stays_stopped(child));
+        let stopped: Vec<_> = stopped.map(|child| child_of(child, task, &plan.pids)).collect();
         let mut script = Script::new();
         for kind in &plan.common {
             kind.children_stopped(task.core(), &stopped, &mut script);
@@ -200,8 +199,8 @@ impl Puppets<'_> {
 }
 
 /// Returns what the kinds of the tree need of a child.
-fn child(task: &TaskPlan) -> Child<'_> {
-    Child { pid: task.pid, core: task.core() }
+fn child_of<'a>(task: &'a TaskPlan, parent: &TaskPlan, pids: &PidMap) -> Child<'a> {
+    Child { number: pids.local(task.pid, parent.pid), core: task.core() }
 }
 
 impl Drop for Puppets<'_> {

@@ -34,7 +34,8 @@ pub(super) fn make(
     (pid, pids): (NsPid, &PidMap),
     arguments: CloneArguments,
 ) -> Result<Tracee> {
-    let wanted = Wanted { pid, in_own_namespace: pids.is_own_namespace(), arguments };
+    let in_own_namespace = pids.is_own_namespace();
+    let wanted = Wanted { chosen: pids.chosen(pid), in_own_namespace, arguments };
     let waiting = Waiting::begin();
     loop {
         match wanted.make(scratch, maker) {

@@ -2,7 +2,6 @@
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
     fs::File,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
@@ -44,6 +43,9 @@ const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
 
 /// The new process shares the descriptors of its maker.
 const CLONE_FILES: u64 = libc::CLONE_FILES.cast_unsigned() as u64;
+
+/// The new process is the first one of a new pid namespace.
+const CLONE_NEWPID: u64 = libc::CLONE_NEWPID.cast_unsigned() as u64;
 
 /// The exit signal of processes that are made for the restore.
 const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
@@ -369,8 +371,7 @@ impl<'a> Puppets<'a> {
             if helper.maker != own || !helper.session {
                 continue;
             }
-            let mut tracee = self.fork(maker, helper.pid, false, SIGCHLD, 0)?;
-            self.helpers.push(Helper { pid: helper.pid, maker: own });
+            let mut tracee = self.fork_helper(maker, helper.pid, position)?;
             let mut script = Script::new();
             script.call("make a session", libc::SYS_setsid, &[]);
             self.scratch.run(&mut tracee, &script)?;
@@ -396,15 +397,49 @@ impl<'a> Puppets<'a> {
                 Maker::Task(maker) => self.plan.arenas.clone_flags(maker, child),
                 Maker::Director | Maker::Helper(_) => 0,
             };
-            let mut tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
-            let shares_fs = shared & Arena::Fs.clone_flag() != 0;
-            let script = self.plan.namespaces.borrow().enter(task.pid, shares_fs);
-            if !script.is_empty() {
-                self.scratch.run(&mut tracee, &script)?;
-            }
+            let begins = self.plan.pids.below().and_then(|below| below.begun_by(task.pid));
+            let shared = match begins {
+                Some(_) => {
+                    self.join_group_of_child(maker, task, by)?;
+                    shared | CLONE_NEWPID
+                }
+                None => shared,
+            };
+            let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
+            // From here on, a failure ends it.
             self.tasks[child] = Some(Puppet::new(tracee, memory));
+            let shares_fs = shared & Arena::Fs.clone_flag() != 0;
+            let namespaces = self.plan.namespaces.borrow();
+            let enter = namespaces.enter(task.pid, shares_fs);
+            let begin = begins.map(|space| namespaces.begin_pids(task.pid, space)).transpose()?;
+            for script in [enter, begin.unwrap_or_default()] {
+                if !script.is_empty() {
+                    let puppet = self.tasks[child].as_mut().expect("it was made");
+                    self.scratch.run(&mut puppet.threads[0], &script)?;
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Makes a helper as a child of the task at a position.
+    pub(super) fn fork_helper(
+        &mut self,
+        by: &mut Tracee,
+        pid: NsPid,
+        position: usize,
+    ) -> Result<Tracee> {
+        let (pids, maker) = (&self.plan.pids, self.plan.tasks[position].pid);
+        if pids.chosen(pid).len() != pids.chosen(maker).len() {
+            let problem = format!(
+                "process {pid}, which has ended, led the session or process group of a child of it, in another \
+                 pid namespace than its own"
+            );
+            return Err(RestoreError::Relation { pid: maker, problem });
+        }
+        let helper = self.fork(by, pid, false, SIGCHLD, 0)?;
+        self.helpers.push(Helper { pid, maker: Maker::Task(position) });
+        Ok(helper)
     }
 
     /// Makes a process with this pid; `shared` are the flags of `clone(2)` for what it
@@ -447,50 +482,6 @@ impl<'a> Puppets<'a> {
                 tell(log::Level::Warn, &message);
             }
         }
-    }
-
-    /// Puts all processes into their process groups.
-    fn set_groups(&mut self, shell_job: bool) -> Result<()> {
-        let plan = self.plan;
-        let join = |scratch: &Scratch, tracee: &mut Tracee, group: NsPid| {
-            let mut script = Script::new();
-            let what = format!("join process group {group}");
-            script.call(what, libc::SYS_setpgid, &[0.into(), group.into()]);
-            scratch.run(tracee, &script).map(drop)
-        };
-        let scratch = self.scratch;
-        for (task, puppet) in plan.tasks.iter().zip(&mut self.tasks) {
-            let puppet = puppet.as_mut().expect("all were made");
-            if task.group == task.pid && task.session != task.pid {
-                join(&scratch, &mut puppet.threads[0], task.pid)?;
-            }
-        }
-        let mut made = HashMap::new();
-        for (position, task) in plan.tasks.iter().enumerate() {
-            if task.group == task.pid {
-                continue;
-            }
-            let outside = plan.is_outside(task.group);
-            let has_helper = self.helpers.iter().any(|helper| helper.pid == task.group);
-            if outside && shell_job && task.group == plan.tasks[0].group {
-                continue; // that of this program, which all inherit
-            }
-            let mut puppet = self.tasks[position].take().expect("all were made");
-            let result: Result<()> = (|| {
-                if outside && !has_helper && !made.contains_key(&task.group) {
-                    Waiting::begin().until_free(plan.host(task.group))?;
-                    let mut helper =
-                        self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD, 0)?;
-                    self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
-                    join(&scratch, &mut helper, task.group)?;
-                    made.insert(task.group, position);
-                }
-                Ok(join(&scratch, &mut puppet.threads[0], task.group)?)
-            })();
-            self.tasks[position] = Some(puppet);
-            result?;
-        }
-        Ok(())
     }
 
     /// Makes the other threads of a task.

@@ -66,6 +66,66 @@ impl fmt::Display for NsPid {
     }
 }
 
+/// A process, thread, group or session by its number in the pid namespace of one process of the tree:
+/// what this process passes to system calls.
+///
+/// [`PidMap::local`] tells which one that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalPid(i32);
+
+impl LocalPid {
+    /// Returns the number for a caller in the pid namespace of the tree itself.
+    pub const fn in_tree(pid: NsPid) -> Self {
+        Self(pid.0)
+    }
+
+    /// Returns the number as the kernel takes it.
+    pub const fn raw(self) -> i32 {
+        self.0
+    }
+}
+
+/// The numbers of processes, threads, groups and sessions in the pid namespaces below that of their
+/// tree. A process has a number in its own namespace, and in each one above.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Below(BTreeMap<NsPid, Vec<(u64, i32)>>);
+
+impl Below {
+    /// Records the numbers of a process, thread, group or session, the outermost namespace first. Any
+    /// numbers tell the namespaces apart.
+    pub fn add(&mut self, pid: NsPid, numbers: Vec<(u64, i32)>) {
+        let known = self.0.entry(pid).or_default();
+        if known.len() < numbers.len() {
+            *known = numbers;
+        }
+    }
+
+    /// Whether there are such namespaces.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns the numbers of a process, thread, group or session, the outermost namespace first.
+    pub fn numbers(&self, pid: NsPid) -> &[(u64, i32)] {
+        self.0.get(&pid).map_or(&[], Vec::as_slice)
+    }
+
+    /// Returns the first process of a namespace.
+    pub fn first_of(&self, namespace: u64) -> Option<NsPid> {
+        let first = Some(&(namespace, FIRST));
+        self.0.iter().find(|(_, numbers)| numbers.last() == first).map(|(pid, _)| *pid)
+    }
+
+    /// Returns the namespace of which this is the first process.
+    pub fn begun_by(&self, pid: NsPid) -> Option<u64> {
+        let last = self.numbers(pid).last();
+        last.filter(|(_, number)| *number == FIRST).map(|(namespace, _)| *namespace)
+    }
+}
+
+/// The number of the first process of a pid namespace.
+const FIRST: i32 = 1;
+
 /// Which numbers in the images of a tree are which processes here.
 ///
 /// Copies share what they know. A tree in the pid namespace of this program has the same numbers
@@ -77,6 +137,7 @@ impl fmt::Display for NsPid {
 pub struct PidMap {
     known: Option<Arc<Mutex<Known>>>,
     ids: IdMap,
+    below: Option<Arc<Below>>,
 }
 
 /// The known numbers of another pid namespace.
@@ -89,17 +150,43 @@ struct Known {
 impl PidMap {
     /// Returns the map of a tree in the pid namespace of this program.
     pub const fn of_own_namespace() -> Self {
-        Self { known: None, ids: IdMap::of_own_namespace() }
+        Self { known: None, ids: IdMap::of_own_namespace(), below: None }
     }
 
     /// Returns the map of a tree in another pid namespace, which knows nothing yet.
     pub fn of_other_namespace() -> Self {
-        Self { known: Some(Arc::default()), ids: IdMap::of_own_namespace() }
+        Self { known: Some(Arc::default()), ..Self::of_own_namespace() }
     }
 
     /// Returns the map for a tree with this map of user and group ids.
     pub fn with_ids(self, ids: IdMap) -> Self {
         Self { ids, ..self }
+    }
+
+    /// Returns the map for a tree with these pid namespaces below its own.
+    pub fn with_below(self, below: Below) -> Self {
+        Self { below: Some(below).filter(|below| !below.is_empty()).map(Arc::new), ..self }
+    }
+
+    /// Returns the pid namespaces below that of the tree, if there are any.
+    pub fn below(&self) -> Option<&Below> {
+        self.below.as_deref()
+    }
+
+    /// Returns the number of a process, thread, group or session for calls of the process `caller`; `None`
+    /// if it has no number in the pid namespace of that process.
+    pub fn local(&self, pid: NsPid, caller: NsPid) -> Option<LocalPid> {
+        let space = self.below().and_then(|below| below.numbers(caller).last());
+        let Some((space, _)) = space else { return Some(LocalPid(pid.0)) };
+        let mut numbers = self.below()?.numbers(pid).iter();
+        numbers.find(|(found, _)| found == space).map(|(_, number)| LocalPid(*number))
+    }
+
+    /// Returns the numbers with which a process or thread is made, as `clone3(2)` takes them: that in the
+    /// innermost namespace first, that in the pid namespace of the tree last.
+    pub fn chosen(&self, pid: NsPid) -> Vec<i32> {
+        let below = self.below().map_or(&[][..], |below| below.numbers(pid));
+        below.iter().rev().map(|(_, number)| *number).chain([pid.0]).collect()
     }
 
     /// Returns the map of the user and group ids of the tree.
@@ -160,5 +247,27 @@ mod tests {
         pids.learn(NsPid(1), HostPid(700));
         assert_eq!((copy.ns(HostPid(700)), copy.host(NsPid(1))), (NsPid(1), HostPid(700)));
         assert_eq!((copy.ns(HostPid(1)), copy.host(NsPid(700))), (NsPid::NONE, HostPid::NONE));
+    }
+
+    #[test]
+    fn a_process_has_a_number_in_each_namespace_above_it() {
+        let [root, outer, inner, group] = [7, 20, 21, 22].map(NsPid);
+        let mut below = Below::default();
+        below.add(outer, vec![(30, 1)]);
+        below.add(inner, vec![(30, 5), (31, 1)]);
+        below.add(group, vec![(30, 6)]);
+        below.add(group, Vec::new());
+        assert_eq!([root, outer, inner].map(|pid| below.begun_by(pid)), [None, Some(30), Some(31)]);
+        assert_eq!((below.first_of(31), below.first_of(32)), (Some(inner), None));
+        let pids = PidMap::of_own_namespace().with_below(below);
+        let local = |pid, caller| pids.local(pid, caller).map(LocalPid::raw);
+        assert_eq!([root, outer, inner].map(|pid| local(pid, root)), [Some(7), Some(20), Some(21)]);
+        assert_eq!([root, outer, inner].map(|pid| local(pid, outer)), [None, Some(1), Some(5)]);
+        assert_eq!([outer, inner, group].map(|pid| local(pid, inner)), [None, Some(1), None]);
+        assert_eq!(
+            [root, group, inner].map(|pid| pids.chosen(pid)),
+            [vec![7], vec![6, 22], vec![1, 5, 21]]
+        );
+        assert!(PidMap::of_own_namespace().with_below(Below::default()).below().is_none());
     }
 }

@@ -38,6 +38,7 @@ mod networks;
 mod odd_files;
 mod on_demand;
 mod owners;
+mod pid_namespaces;
 mod pidfds;
 mod refused;
 mod registers;
@@ -104,6 +105,7 @@ const GROUPS: &[&[Row]] = &[
     users::ROWS,
     mounts::ROWS,
     namespaces::ROWS,
+    pid_namespaces::ROWS,
     ipc::ROWS,
     cgroups::ROWS,
     networks::ROWS,

@@ -45,7 +45,7 @@ fn c(path: &Path) -> CString {
 }
 
 /// Calls `mount(2)`.
-fn mount(source: &str, target: &Path, name: &str, flags: u64, options: &str) -> Verdict {
+pub fn mount(source: &str, target: &Path, name: &str, flags: u64, options: &str) -> Verdict {
     let words = [source, name, options].map(|word| CString::new(word).expect("no NUL"));
     let target = c(target);
     sys!(mount(
@@ -77,7 +77,7 @@ fn text(error: std::io::Error) -> String {
 
 /// The table of mounts, without numbers that are new after each restore; groups are numbered in the
 /// order of the table.
-fn table() -> Result<Vec<String>, String> {
+pub fn table() -> Result<Vec<String>, String> {
     let whole = fs::read_to_string("/proc/self/mountinfo").map_err(text)?;
     let mut lines: Vec<Vec<&str>> = whole.lines().map(|line| line.split(' ').collect()).collect();
     // The table is in the order in which mounts were made.

@@ -11,7 +11,7 @@
 //! of a session or group has ended, a helper process takes its place as a placeholder, and
 //! ends before the tree runs.
 
-use super::{Arena, ArenaIds};
+use super::{Arena, ArenaIds, Task};
 use crate::units::NsPid;
 
 /// What decides which process makes a process.
@@ -25,6 +25,24 @@ pub struct Kin {
     pub session: NsPid,
     /// What it may share with others.
     pub ids: ArenaIds,
+    /// Its pid namespace. One in another namespace than its parent is the first process there.
+    pub space: u64,
+}
+
+impl Kin {
+    /// Returns what decides how these processes are made.
+    pub fn of(tasks: &[Task]) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::with_capacity(tasks.len());
+        for Task { entry, parent, ids, body, .. } in tasks {
+            let own = body.as_ref().and_then(|body| body.ids.pid_ns_id).map(u64::from);
+            // That of a dead process is not known, and does not matter.
+            let above = parent.map_or(0, |parent| all[parent].space);
+            let (pid, session) = (NsPid::of_image(entry.pid), NsPid::of_image(entry.sid));
+            let space = own.unwrap_or(above);
+            all.push(Self { pid, parent: *parent, session, ids: *ids, space });
+        }
+        all
+    }
 }
 
 /// Whether the leader of a session or group is not a process of the tree.
@@ -142,7 +160,9 @@ impl Births {
             .filter(|other| {
                 let other = &tasks[*other];
                 let same_session = own_session || other.session == task.session;
-                other.parent == Some(parent) && same_session && fits(other)
+                // The first process of a pid namespace has no siblings there (clone(2)).
+                let same_space = other.space == above.space;
+                other.parent == Some(parent) && same_session && same_space && fits(other)
             })
             .min_by_key(|other| tasks[*other].pid != task.session);
         if let Some(sibling) = sibling {
@@ -200,8 +220,19 @@ mod tests {
             let mut ids = ArenaIds::default();
             ids.set(Arena::Files, files);
             let (pid, session) = (NsPid::of_image(pid), NsPid::of_image(session));
-            Kin { pid, parent, session, ids }
+            Kin { pid, parent, session, ids, space: 0 }
         })
+    }
+
+    #[test]
+    fn the_first_process_of_a_pid_namespace_makes_no_siblings() {
+        let mut tasks = kin([(5, None, 5, 1), (6, Some(0), 5, 2), (7, Some(0), 5, 2)]);
+        let maker = |tasks: &[Kin]| Births::plan(tasks, false, false).map(|births| births.tasks[2]);
+        tasks[2].space = 9;
+        let by_sibling = Birth { maker: Maker::Task(1), sibling: true, early: false };
+        assert_eq!(maker(&tasks), Ok(Some(by_sibling)));
+        tasks[1].space = 8;
+        assert!(maker(&tasks).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! findings. State that is valid but not supported by a restore is reported as such.
 
 mod arenas;
+mod below;
 mod births;
 mod files;
 mod memory;
@@ -21,6 +22,7 @@ use crate::arch::Machine;
 
 pub use self::{
     arenas::{Arena, ArenaIds, Arenas},
+    below::below,
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
     namespaces::{time_problem, user_problem, uts_problem},

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::{Arena, Arenas, Births, Kin, Problems, Task, state};
-use crate::{image::proto, units::NsPid};
+use super::{Arena, Arenas, Births, Kin, Problems, Task, below, state};
+use crate::image::proto;
 
 /// The highest possible pid on any machine (`PID_MAX_LIMIT`, `linux/threads.h`).
 const HIGHEST_PID: u32 = 1 << 22;
@@ -116,16 +116,10 @@ pub(super) fn check(tasks: &[Task], problems: &mut Problems) {
             ));
         }
     }
-    let kin: Vec<Kin> = tasks
-        .iter()
-        .map(|task| Kin {
-            pid: NsPid::of_image(task.entry.pid),
-            parent: task.parent,
-            session: NsPid::of_image(task.entry.sid),
-            ids: task.ids,
-        })
-        .collect();
-    if let Err((pid, problem)) = Births::plan(&kin, true, false) {
+    if let Err((pid, problem)) = Births::plan(&Kin::of(tasks), true, false) {
+        problems.not_restored(format!("process {pid} cannot be restored: {problem}"));
+    }
+    if let Err((pid, problem)) = below(tasks) {
         problems.not_restored(format!("process {pid} cannot be restored: {problem}"));
     }
 }
@@ -167,6 +161,7 @@ mod tests {
                     pgid: *pgid,
                     sid: *sid,
                     threads: threads.to_vec(),
+                    ..Default::default()
                 });
             let ordered = order(entries.collect()).unwrap();
             let tasks: Vec<Task> = ordered

@@ -10,7 +10,7 @@ use crate::{
     image::proto,
     inject::Script,
     sys::fds,
-    units::{HostId, HostPid, NsPid, PidMap, TargetFd},
+    units::{HostId, HostPid, LocalPid, NsPid, PidMap, TargetFd},
 };
 
 /// `F_SETSIG` and `F_SETOWN_EX` (`include/uapi/asm-generic/fcntl.h`).
@@ -47,19 +47,34 @@ pub fn of(entry: &proto::FileEntry) -> Option<(&proto::FownEntry, u32)> {
     None
 }
 
-/// Adds the calls that set the signal owner of `fd`.
+/// Adds the calls that set the signal owner of `fd`. `local` returns the number of a process for calls of
+/// the calling process.
 ///
 /// The owner must exist. The calling process must have its user ids: the kernel sends the
 /// signals with them.
-pub fn install(fown: &proto::FownEntry, flags: u32, fd: TargetFd, script: &mut Script) {
+pub fn install(
+    fown: &proto::FownEntry,
+    flags: u32,
+    (fd, local): (TargetFd, &dyn Fn(NsPid) -> Option<LocalPid>),
+    script: &mut Script,
+) {
     let fcntl = libc::SYS_fcntl;
     if fown.signum != 0 {
         let arguments = [fd.0.into(), F_SETSIG.into(), fown.signum.into()];
         script.call("set the signal of a descriptor", fcntl, &arguments);
     }
-    if fown.pid != 0 {
+    let owner = if fown.pid == 0 { None } else { local(NsPid::of_image(fown.pid)) };
+    if fown.pid != 0 && owner.is_none() {
+        log::warn!(
+            "descriptor {} may have lost its signal owner {}, which has no number in the pid namespace of the \
+             process",
+            fd.0,
+            fown.pid
+        );
+    }
+    if let Some(owner) = owner {
         // `struct f_owner_ex`, with a pid of the process's own namespace.
-        let owner = [fown.pid_type.cast_signed(), NsPid::of_image(fown.pid).raw()];
+        let owner = [fown.pid_type.cast_signed(), owner.raw()];
         let bytes: Vec<u8> = owner.into_iter().flat_map(i32::to_ne_bytes).collect();
         let owner = script.bytes(&bytes);
         let arguments = [fd.0.into(), F_SETOWN_EX.into(), owner.into()];
@@ -92,11 +107,12 @@ mod tests {
         assert_eq!(read(path.as_fd(), flags, &pids).unwrap(), proto::FownEntry::default());
 
         let fown = proto::FownEntry { pid: 1, pid_type: 1, signum: 10, ..Default::default() };
+        let local = |pid| Some(LocalPid::in_tree(pid));
         let mut script = Script::new();
-        install(&fown, libc::O_ASYNC.cast_unsigned(), TargetFd(3), &mut script);
+        install(&fown, libc::O_ASYNC.cast_unsigned(), (TargetFd(3), &local), &mut script);
         assert_eq!(script.len(), 3);
         let mut script = Script::new();
-        install(&proto::FownEntry::default(), 0, TargetFd(3), &mut script);
+        install(&proto::FownEntry::default(), 0, (TargetFd(3), &local), &mut script);
         assert!(script.is_empty());
     }
 }

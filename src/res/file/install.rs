@@ -112,7 +112,8 @@ impl<'a> Installer<'a> {
     /// Opens all descriptions with descriptors in the tree. Runs after [`Self::make_memory`].
     pub fn open_descriptions(&mut self) -> Result<()> {
         let lender = self.lender.as_ref().map(Lender::pid);
-        if lender.is_some() || !self.opened.pids.is_own_namespace() {
+        let pids = &self.opened.pids;
+        if lender.is_some() || !pids.is_own_namespace() || pids.below().is_some() {
             let own = lender.unwrap_or(HostPid::own());
             let failed = |source| FileError::Restore {
                 id: 0,
@@ -506,11 +507,12 @@ impl<'a> Installer<'a> {
 
     /// Adds the calls that set which process receives signals for the descriptors of a process.
     /// All processes must exist, and this one must have its user IDs.
-    pub fn own(&mut self, fds: &[FdinfoEntry], script: &mut Script) {
+    pub fn own(&mut self, pid: NsPid, fds: &[FdinfoEntry], script: &mut Script) {
+        let local = |owner| self.opened.pids.local(owner, pid);
         for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
             if let (Some((owner, flags)), Ok(number)) = (fown::of(file), i32::try_from(entry.fd)) {
-                fown::install(owner, flags, TargetFd(number), script);
+                fown::install(owner, flags, (TargetFd(number), &local), script);
             }
         }
     }

@@ -311,6 +311,8 @@ pub struct Opened {
     pub root_leads_group: bool,
     /// Maps pids of the images to pids of the host.
     pub pids: PidMap,
+    /// The mounts that are made only with the first process of a pid namespace.
+    pub later_mounts: HashSet<i32>,
     /// The root directories in which the paths of the images are looked up.
     pub roots: Roots,
     /// The network namespaces of the tree.
@@ -347,6 +349,7 @@ impl Opened {
     ) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
         Self {
+            later_mounts: HashSet::new(),
             images: Arc::clone(images),
             validation: options.validation,
             inherited: options.inherited.clone(),
@@ -379,6 +382,7 @@ impl Opened {
         first: HostPid,
     ) -> std::result::Result<(), ResError> {
         self.roots = made.roots(first)?;
+        self.later_mounts = made.later_mounts().into_iter().collect();
         let path = || format!("/proc/{first}/ns/{}", network::NAME).into();
         let failed = |source| ResError::Read { path: path(), source };
         let networks = Rc::get_mut(&mut self.networks).expect("no file is open");

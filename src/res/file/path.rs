@@ -275,10 +275,12 @@ fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
     }
 }
 
-/// Whether the file belongs to a process or thread of the tree in `/proc`, so the restore must
-/// defer opening it.
+/// Whether the file belongs to a process or thread of the tree in `/proc`, or is on a mount that is not
+/// there yet, so the restore must defer opening it.
 pub fn is_deferred(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
-    process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
+    let is_on = |mount: i32| opened.later_mounts.contains(&mount);
+    entry.mnt_id.is_some_and(is_on)
+        || process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
 }
 
 /// Opens the file of an entry with `flags`, which may differ from its own, as they do for a

@@ -74,7 +74,7 @@ const fn row(
 
 /// The namespaces that a thread is in.
 static KINDS: [Kind; 8] = [
-    row("pid", "a pid namespace", |ids| &mut ids.pid_ns_id, &pid::Pid),
+    row(pid::FILE, "a pid namespace", |ids| &mut ids.pid_ns_id, &pid::Pid).with_others(),
     row("net", "a network namespace", |ids| &mut ids.net_ns_id, &net::Net).with_others(),
     row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc).with_others(),
     row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts).with_others(),
@@ -88,6 +88,12 @@ static KINDS: [Kind; 8] = [
 pub trait Namespace: Sync + std::fmt::Debug {
     /// Its flag of `clone(2)`.
     fn clone_flag(&self) -> u64;
+
+    /// Whether a namespace of the kind comes into being with its first process. Then no process enters one
+    /// that exists.
+    fn begins_with_process(&self) -> bool {
+        false
+    }
 
     /// Dump: refuses a tree in such a namespace of its own that cannot be restored, before the dump
     /// changes anything.
@@ -195,6 +201,8 @@ pub struct Dumped<'a> {
     pub tasks: &'a [Task],
     /// Its users and groups.
     pub ids: &'a IdMap,
+    /// The pid namespaces below that of the tree: their inodes, and their numbers in the images.
+    pub pids_below: &'a [(u64, u32)],
     /// The options of the dump.
     pub options: &'a Options,
 }
@@ -272,6 +280,21 @@ pub trait Restoring: std::fmt::Debug {
     /// Returns the calls of the first process that restore the rest. Runs after [`Self::build`].
     fn script(&self) -> Script {
         Script::new()
+    }
+
+    /// Returns what the first process of a pid namespace below that of the tree mounts when it comes into being.
+    fn mounts_of_first(&self, _pid_space: u64) -> Vec<(u32, mnt::Later<'_>)> {
+        Vec::new()
+    }
+
+    /// Returns the pid namespaces below that of the tree that mounts of the images show.
+    fn pid_spaces(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
+    /// Returns the numbers of the mounts that [`Self::mounts_of_first`] makes.
+    fn later_mounts(&self) -> Vec<i32> {
+        Vec::new()
     }
 
     /// Whether it is restored together with others of its kind, in several rounds ([`Self::go_on`]).

@@ -4,7 +4,7 @@ use std::{cell::RefCell, collections::HashSet, path::Path};
 
 use super::{
     Collect, Dumped, KINDS, Kind, NO_VISIT, Options, Roots, VISIT_HELP, may_visit, mnt, number,
-    own_ids, time, user,
+    own_ids, pid, time, user,
 };
 use crate::{
     image::{SnapshotWriter, proto::TaskKobjIdsEntry},
@@ -137,7 +137,7 @@ impl OfTree {
     /// # Errors
     /// [`ResError::Refused`], or the errors of reading `/proc`.
     pub fn check(&self, tasks: &[Task], ids: &IdMap, options: &Options) -> Result<()> {
-        check_places(tasks)?;
+        self.check_places(tasks)?;
         for found in &self.found {
             let (kind, pid) = (found.kind(), found.pid);
             if !may_visit(kind) {
@@ -156,10 +156,13 @@ impl OfTree {
         (tasks, ids, options): (&[Task], &IdMap, &Options),
         act: impl Fn(&'static Kind, &[Dumped<'_>]) -> Result<()>,
     ) -> Result<()> {
+        let pids_below = self.of_kind(pid::FILE).filter(|found| !found.is_first);
+        let pids_below: Vec<_> = pids_below.map(|found| (found.inode, found.number)).collect();
+        let pids_below = pids_below.as_slice();
         for of_kind in self.found.chunk_by(|one, next| one.kind == next.kind) {
             let dumped = |found: &Found| {
                 let Found { pid, number, is_first, .. } = *found;
-                Dumped { pid, number, is_first, tasks, ids, options }
+                Dumped { pid, number, is_first, tasks, ids, pids_below, options }
             };
             let all: Vec<Dumped<'_>> = of_kind.iter().map(dumped).collect();
             act(of_kind[0].kind(), &all)?;
@@ -251,63 +254,69 @@ impl OfTree {
     fn of_kind(&self, file: &'static str) -> impl Iterator<Item = &Found> {
         self.found.iter().filter(move |found| found.kind().file == file)
     }
-}
 
-/// Refuses processes and threads in other namespaces than the first process of their tree, where a
-/// restore could not put them.
-fn check_places(tasks: &[Task]) -> Result<()> {
-    let mut of_first = None;
-    for task in living(tasks) {
-        let (pid, witness) = (task.pid, task.witness());
-        let own = places_of(pid, witness);
-        let (first, wanted) = *of_first.get_or_insert((witness, own));
-        for (kind, (found, wanted)) in KINDS.iter().zip(own.iter().zip(&wanted)) {
-            if let (Some(found), Some(wanted)) = (found, wanted)
-                && found != wanted
-                && !kind.has_others
-            {
-                let (file, name) = (kind.file, kind.name);
-                return Err(ResError::Refused {
-                    pid,
-                    what: format!(
-                        "has {name} ({file}:[{found}]) that is not that of process {first}"
-                    ),
-                    help: "dump the part of the tree in that namespace: a tree can have only one",
-                });
+    /// Refuses processes and threads in other namespaces than the first process of their tree, where a
+    /// restore could not put them.
+    fn check_places(&self, tasks: &[Task]) -> Result<()> {
+        let mut of_first = None;
+        for task in living(tasks) {
+            let (pid, witness) = (task.pid, task.witness());
+            let own = places_of(pid, witness);
+            let (first, wanted) = *of_first.get_or_insert((witness, own));
+            for (kind, (found, wanted)) in KINDS.iter().zip(own.iter().zip(&wanted)) {
+                if let (Some(found), Some(wanted)) = (found, wanted)
+                    && found != wanted
+                    && !kind.has_others
+                {
+                    let (file, name) = (kind.file, kind.name);
+                    return Err(ResError::Refused {
+                        pid,
+                        what: format!(
+                            "has {name} ({file}:[{found}]) that is not that of process {first}"
+                        ),
+                        help: "dump the part of the tree in that namespace: a tree can have only one",
+                    });
+                }
             }
-        }
-        check_for_children(task)?;
-        for thread in task.threads.iter().skip(1) {
-            let others = places_of(pid, thread.tid);
-            for (kind, (found, wanted)) in KINDS.iter().zip(others.iter().zip(&own)) {
-                if wanted.is_some() && found != wanted {
-                    return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
+            self.check_for_children(task)?;
+            for thread in task.threads.iter().skip(1) {
+                let others = places_of(pid, thread.tid);
+                for (kind, (found, wanted)) in KINDS.iter().zip(others.iter().zip(&own)) {
+                    if wanted.is_some() && found != wanted {
+                        return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
+                    }
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Checks that the children of a process will be in its own namespaces.
-fn check_for_children(task: &Task) -> Result<()> {
-    for (file, own, name) in FOR_CHILDREN {
-        let pair = [file, own].map(|file| proc::namespace(task.witness(), file).ok());
-        // The file of a pid namespace without processes cannot be read.
-        let differs = match pair {
-            [Some(found), Some(own)] => found != own,
-            [None, Some(_)] => own == "pid",
-            _ => false,
-        };
-        if differs {
-            return Err(ResError::Refused {
-                pid: task.pid,
-                what: format!("has {name} that is not its own ({file})"),
-                help: "dump the children, or the tree once the process has set it back (setns(2))",
-            });
+    /// Checks that the children of a process will be in its own namespaces.
+    fn check_for_children(&self, task: &Task) -> Result<()> {
+        for (file, own, name) in FOR_CHILDREN {
+            let pair = [file, own].map(|file| proc::namespace(task.witness(), file).ok());
+            // The file of a pid namespace without processes cannot be read.
+            let differs = match pair {
+                [Some(found), Some(own)] => found != own,
+                [None, Some(_)] => own == pid::FILE,
+                _ => false,
+            };
+            // A pid namespace of the tree has its first process there.
+            let is_in_tree = own == pid::FILE
+                && pair[0].is_some_and(|found| self.by_inode(own, found).is_some())
+                && task.threads.len() == 1;
+            if differs && !is_in_tree {
+                return Err(ResError::Refused {
+                    pid: task.pid,
+                    what: format!("has {name} that is not its own ({file})"),
+                    help: "dump the children, or the tree once the process has set it back (setns(2)); a process \
+                           with one thread may have a pid namespace for its children whose first process is in \
+                           the tree",
+                });
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,19 +1,25 @@
-//! Pid namespaces: one of the tree's own, whose first process is the root of the tree.
+//! Pid namespaces: one of the tree's own, whose first process is the root of the tree, and others below.
 //!
-//! The namespace has no state but the numbers of its processes, which are those in all images.
+//! A pid namespace has no state but the numbers of its processes. All images have the numbers in the
+//! namespace of the root. Those of the namespaces below are in `pstree.img`, as an extension
+//! ([`crate::image::tree::below`]). Such a namespace comes into being with its first process, which the
+//! maker of that process makes so ([`crate::restore`]), and all other processes in it are made inside.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use nix::libc;
 
-use super::{Dumped, Namespace, Options, Restoring};
+use super::{Dumped, Member, Namespace, Options, Restoring};
 use crate::{
     image::ImageStore,
-    inject::Task,
+    inject::{Task, living},
     proc,
     res::{ResError, Result},
-    units::{HostPid, NsPid, PidMap},
+    units::{Below, HostPid, NsPid, PidMap},
 };
+
+/// Its name in `/proc/PID/ns`.
+pub(super) const FILE: &str = "pid";
 
 /// The first process of a pid namespace.
 const FIRST: i32 = 1;
@@ -24,6 +30,17 @@ pub(super) struct Pid;
 impl Namespace for Pid {
     fn clone_flag(&self) -> u64 {
         u64::from(libc::CLONE_NEWPID.cast_unsigned())
+    }
+
+    fn begins_with_process(&self) -> bool {
+        true
+    }
+
+    fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
+        let (own, below): (Vec<_>, Vec<_>) = all.iter().partition(|of| of.is_first);
+        own.into_iter().try_for_each(|of| self.check(of))?;
+        below.iter().try_for_each(|of| check_all_in_tree(of.tasks, of.pid))?;
+        below.first().map_or(Ok(()), |of| check_parents(of.tasks))
     }
 
     fn check(&self, of: &Dumped<'_>) -> Result<()> {
@@ -49,6 +66,19 @@ impl Namespace for Pid {
     fn restore(&self, _: &dyn ImageStore, _: u32, _: &Options) -> Result<Box<dyn Restoring>> {
         Ok(Box::new(Numbers))
     }
+
+    /// Those below come into being with their first processes.
+    fn restore_all(
+        &self,
+        images: &dyn ImageStore,
+        home: &Member,
+        members: &[Member],
+        options: &Options,
+    ) -> Result<Vec<(Member, Box<dyn Restoring>)>> {
+        let own = members.iter().find(|member| member.number == home.number);
+        let own = own.map(|own| Ok((own.clone(), self.restore(images, own.number, options)?)));
+        own.into_iter().collect()
+    }
 }
 
 /// A pid namespace to be restored: it is there with its first process.
@@ -59,8 +89,8 @@ impl Restoring for Numbers {}
 
 /// Returns all processes in the pid namespace of a process.
 fn members(of: HostPid) -> Result<Vec<HostPid>> {
-    let wanted = proc::namespace(of, "pid")?;
-    let is_member = |pid: &HostPid| proc::namespace(*pid, "pid").is_ok_and(|found| found == wanted);
+    let wanted = proc::namespace(of, FILE)?;
+    let is_member = |pid: &HostPid| proc::namespace(*pid, FILE).is_ok_and(|found| found == wanted);
     Ok(proc::pids()?.into_iter().filter(is_member).collect())
 }
 
@@ -90,28 +120,101 @@ fn check_all_in_tree(tasks: &[Task], witness: HostPid) -> Result<()> {
     })
 }
 
+/// Refuses a process in another pid namespace than its parent that is not the first one there: a restore
+/// makes each process in the namespace of its parent, or as the first one of a new namespace.
+fn check_parents(tasks: &[Task]) -> Result<()> {
+    let mut inodes = HashMap::new();
+    for task in living(tasks) {
+        let own = namespace_of(task)?;
+        inodes.insert(task.pid, own);
+        let Some(of_parent) = inodes.get(&task.parent).filter(|of_parent| **of_parent != own)
+        else {
+            continue;
+        };
+        let parent = proc::status(task.parent)?.ns_pid.len();
+        let numbers = proc::status(task.pid)?.ns_pid;
+        if numbers.last() != Some(&FIRST) || numbers.len() != parent + 1 {
+            return Err(ResError::Refused {
+                pid: task.pid,
+                what: format!(
+                    "is in the pid namespace pid:[{own}], its parent {} is in pid:[{of_parent}], and it is \
+                     not the first process of a namespace directly below that",
+                    task.parent
+                ),
+                help: "it came by nsenter(1), `docker exec` or the like: end it, or wait for its end",
+            });
+        }
+    }
+    Ok(())
+}
+
+fn namespace_of(task: &Task) -> Result<u64> {
+    Ok(proc::thread_namespace(task.pid, task.witness(), FILE)?)
+}
+
 /// Returns the map of the pids of a stopped tree: those of its processes and threads, and of groups
 /// and sessions whose leaders have ended.
 pub(super) fn map(tasks: &[Task]) -> Result<PidMap> {
-    let root = tasks.first().filter(|root| proc::is_in_other_namespace(root.witness(), "pid"));
-    let Some(root) = root else { return Ok(PidMap::of_own_namespace()) };
-    let pids = PidMap::of_other_namespace();
-    // Processes may be in namespaces below that of the root, which are refused later.
+    let Some(root) = tasks.first() else { return Ok(PidMap::of_own_namespace()) };
+    let pids = if proc::is_in_other_namespace(root.witness(), FILE) {
+        PidMap::of_other_namespace()
+    } else {
+        PidMap::of_own_namespace()
+    };
     let level = proc::status(root.pid)?.ns_pid.len().saturating_sub(1);
     let learn = |numbers: &[i32], here: HostPid| {
         if let Some(number) = numbers.get(level).filter(|number| **number > 0) {
             pids.learn(NsPid::of_image(*number), here);
         }
     };
+    let mut paths: HashMap<HostPid, Vec<u64>> = HashMap::new();
+    let mut below = Below::default();
     for task in tasks {
         let status = proc::status(task.pid)?;
         let stat = proc::stat(task.pid)?;
         learn(&status.ns_pgid, stat.pgrp);
         learn(&status.ns_sid, stat.session);
         learn(&status.ns_pid, task.pid);
+        // That of a dead process has no file any more.
+        let own = if task.is_zombie() { None } else { Some(namespace_of(task)?) };
+        let path = path(paths.get(&task.parent), own);
+        let mut add = |numbers: &[i32], here: HostPid| {
+            let inner = path.iter().skip(1).copied().zip(numbers.iter().skip(level + 1).copied());
+            let inner: Vec<_> = inner.take_while(|(_, number)| *number > 0).collect();
+            if !inner.is_empty() {
+                below.add(pids.ns(here), inner);
+            }
+        };
+        add(&status.ns_pgid, stat.pgrp);
+        add(&status.ns_sid, stat.session);
+        add(&status.ns_pid, task.pid);
         for thread in &task.threads {
-            learn(&thread.status()?.ns_pid, thread.tid);
+            let numbers = &thread.status()?.ns_pid;
+            learn(numbers, thread.tid);
+            add(numbers, thread.tid);
         }
+        paths.insert(task.pid, path);
     }
-    Ok(pids)
+    Ok(pids.with_below(below))
+}
+
+/// Returns the namespaces in which a process is, that of the root of the tree first. `above` are those of its
+/// parent, `own` is the innermost one.
+fn path(above: Option<&Vec<u64>>, own: Option<u64>) -> Vec<u64> {
+    let mut path = above.cloned().unwrap_or_default();
+    path.extend(own.filter(|own| path.last() != Some(own)));
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_in_the_namespaces_of_its_parent_and_perhaps_in_one_more() {
+        assert_eq!(path(None, Some(1)), [1]);
+        assert_eq!(path(Some(&vec![1]), Some(1)), [1]);
+        assert_eq!(path(Some(&vec![1]), Some(2)), [1, 2]);
+        assert_eq!(path(Some(&vec![1, 2]), None), [1, 2]);
+    }
 }

@@ -72,13 +72,16 @@ impl Entrances {
 
     fn script(&self, entrances: impl Iterator<Item = (&'static Kind, u32)>) -> Script {
         let mut script = Script::new();
-        for (kind, number) in entrances {
-            if let Some(entrance) = self.find(kind.file, number) {
-                let arguments = [entrance.file.as_raw_fd().into(), kind.own.clone_flag().into()];
-                script.call(format!("enter {}", kind.name), libc::SYS_setns, &arguments);
-            }
-        }
+        entrances.for_each(|(kind, number)| self.enter(kind, number, &mut script));
         script
+    }
+
+    /// Adds the call by which a process enters a namespace, if the tree has several of the kind.
+    fn enter(&self, kind: &Kind, number: u32, script: &mut Script) {
+        if let Some(entrance) = self.find(kind.file, number) {
+            let arguments = [entrance.file.as_raw_fd().into(), kind.own.clone_flag().into()];
+            script.call(format!("enter {}", kind.name), libc::SYS_setns, &arguments);
+        }
     }
 }
 
@@ -177,8 +180,10 @@ impl Wanted {
                 kinds.insert(at, of_kind);
             }
         }
+        let home = first.ids.pid_ns_id;
         let processes = members.into_iter().map(|member| (member.pid, member.ids)).collect();
         let mut wanted = Self { kinds, processes, entrances: RefCell::default() };
+        wanted.check_later(home)?;
         let ids = wanted.ids();
         wanted.states_mut().for_each(|state| state.restoring.translate(&ids));
         Ok(wanted)
@@ -263,6 +268,53 @@ impl Wanted {
         let Some(ids) = self.processes.get(&pid) else { return Script::new() };
         let kinds = KINDS.iter().filter(|kind| !shares_fs || kind.file != mnt::FILE);
         self.entrances.borrow().script(numbers(ids, kinds))
+    }
+
+    /// Returns the calls of the first process of a pid namespace below that of the tree, which is in its other
+    /// namespaces: it makes the mounts that show this one.
+    ///
+    /// # Errors
+    /// The images name a mount that is not there.
+    pub fn begin_pids(&self, pid: NsPid, pid_space: u64) -> Result<Script> {
+        let mut script = Script::new();
+        let kind = kind(mnt::FILE);
+        let own = self.processes.get(&pid);
+        let own = own.and_then(|ids| numbers(ids, [kind].into_iter()).next());
+        let own = own.map(|(_, number)| number);
+        let mut here = own;
+        let entrances = self.entrances.borrow();
+        for (_, state) in self.states() {
+            for (space, mounts) in state.restoring.mounts_of_first(pid_space) {
+                if here.replace(space) != Some(space) {
+                    entrances.enter(kind, space, &mut script);
+                }
+                mounts.script(&mut script)?;
+            }
+        }
+        if let Some(own) = own.filter(|own| here != Some(*own)) {
+            entrances.enter(kind, own, &mut script);
+        }
+        Ok(script)
+    }
+
+    /// Returns the numbers of the mounts that [`Self::begin_pids`] makes.
+    pub fn later_mounts(&self) -> Vec<i32> {
+        self.states().flat_map(|(_, state)| state.restoring.later_mounts()).collect()
+    }
+
+    /// Checks that each pid namespace that a mount shows will be there.
+    fn check_later(&self, home: Option<u32>) -> Result<()> {
+        let mut shown = self.states().flat_map(|(_, state)| state.restoring.pid_spaces());
+        let is_there = |space: u32| {
+            let mut all = self.processes.values();
+            Some(space) != home && all.any(|ids| ids.pid_ns_id == Some(space))
+        };
+        shown.find(|space| !is_there(*space)).map_or(Ok(()), |space| {
+            Err(wrong(
+                space,
+                "a mount shows this pid namespace, but no process of the tree is in it",
+            ))
+        })
     }
 
     /// Finishes, once all processes have their memory and their files. `host` returns the pid here of a
@@ -372,6 +424,7 @@ impl OfKind {
                 has_others,
             });
         }
+        let has_others = has_others && !kind.own.begins_with_process();
         let mut states = Vec::new();
         if kind.file == time::FILE && home == dumpers {
             let member = Member { number: home, ..processes[0].clone() };

@@ -1,6 +1,7 @@
 //! Process state other than threads, mappings and files: one file and one row in [`KINDS`] for
 //! each kind.
 
+mod children;
 mod dumpable;
 mod fs;
 mod handlers;
@@ -26,6 +27,7 @@ use super::{
     calls::{Calls, OfRestorer},
     file::{self, FileTable, Installer},
     mm::{aio, description, policies, vdso},
+    thread,
 };
 use crate::{
     image::{
@@ -35,7 +37,7 @@ use crate::{
     },
     inject::{Answers, Script, Task, Tracee},
     proc::{Mapping, Stat},
-    units::{HostPid, NsPid, PidMap},
+    units::{HostPid, LocalPid, NsPid, PidMap},
 };
 
 pub use crate::image::tree::state::{ALIVE, DEAD, STOPPED};
@@ -61,6 +63,7 @@ pub const KINDS: &[&dyn Kind] = &[
     &personality::Personality,
     &subreaper::Subreaper,
     &terminal::Terminal,
+    &children::Children,
     &membarrier::Membarrier,
     #[cfg(target_arch = "x86_64")]
     &segments::Segments,
@@ -338,9 +341,19 @@ pub struct Restored<'a> {
     pub arenas: (&'a Arenas, usize),
     /// The state that it inherits from the restorer.
     pub own: &'a OfRestorer,
+    /// The numbers of all processes.
+    pub pids: &'a PidMap,
 }
 
 impl Restored<'_> {
+    /// Returns the number of a process or thread for calls of this one.
+    ///
+    /// # Errors
+    /// It has none in this pid namespace.
+    pub fn local(&self, pid: NsPid) -> Result<LocalPid> {
+        thread::local(pid, self.pid, self.pids)
+    }
+
     /// Whether the process owns this object. Otherwise it was created with the object of an earlier
     /// process.
     pub fn owns(&self, arena: Arena) -> bool {

@@ -26,6 +26,8 @@ impl Kind for Queue {
 
     fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         let queue = of.core.tc.as_ref().and_then(|task| task.signals_s.as_ref());
-        queue.map_or(Ok(()), |queue| signals::requeue(queue, of.pid, None, script))
+        queue.map_or(Ok(()), |queue| {
+            signals::requeue(queue, of.pid, of.local(of.pid)?, None, script)
+        })
     }
 }

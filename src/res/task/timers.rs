@@ -72,7 +72,10 @@ impl Kind for Timers {
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
         let timers = of.core.tc.as_ref().and_then(|task| task.timers.as_ref());
-        let posix = timers.map_or(&[][..], |timers| &timers.posix);
+        let mut posix = timers.map_or_else(Vec::new, |timers| timers.posix.clone());
+        for tid in posix.iter_mut().filter_map(|entry| entry.notify_thread_id.as_mut()) {
+            *tid = of.local(NsPid::of_image(*tid))?.raw();
+        }
         let wrong = |problem| ResError::Image { pid: of.pid, problem };
         for script in create(posix).map_err(wrong)? {
             calls.make(&script)?;
@@ -159,15 +162,15 @@ fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
     }
 }
 
-/// Returns the scripts that create the POSIX timers of a process, without starting them.
+/// Returns the scripts that create the POSIX timers of a process, without starting them. The entries have
+/// the numbers of threads that the process passes to calls.
 ///
 /// The kernel numbers timers from 0 upwards. Where it does not let the caller choose the id,
 /// a script creates and deletes timers until the wanted id is next.
 ///
 /// # Errors
 /// Two timers have the same id, or an id is too high to be reached.
-fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
-    let mut entries = entries.to_vec();
+fn create(mut entries: Vec<proto::PosixTimerEntry>) -> Result<Creation, String> {
     entries.sort_by_key(|entry| entry.it_id);
     if let Some(pair) = entries.windows(2).find(|pair| pair[0].it_id == pair[1].it_id) {
         return Err(format!("there are two timers with the id {}", pair[0].it_id));
@@ -216,7 +219,7 @@ impl Iterator for Creation {
                     value: entry.sival_ptr,
                     signal: entry.si_signo,
                     notify: entry.it_sigev_notify,
-                    thread: entry.notify_thread_id.map_or(0, |tid| NsPid::of_image(tid).raw()),
+                    thread: entry.notify_thread_id.unwrap_or(0),
                     padding: [0; 11],
                 };
                 make(&mut script, entry.it_id, entry.clock_id, event);
@@ -300,8 +303,8 @@ mod tests {
         assert_eq!(lengths, [400, 400, 202]);
         let script = Creation { entries, counts: false, next: 0 }.next().unwrap();
         assert_eq!(script.len(), 2 + 3 * 2);
-        assert!(create(&[timer(1), timer(1)]).unwrap_err().contains("two timers"));
-        assert_eq!(create(&[]).unwrap().count(), 0);
+        assert!(create(vec![timer(1), timer(1)]).unwrap_err().contains("two timers"));
+        assert_eq!(create(Vec::new()).unwrap().count(), 0);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{
     image::proto::{self, CoreEntry, ThreadCoreEntry},
     inject::{Answers, Script, Tracee},
     proc::{self, Status},
-    units::{HostPid, IdMap, NsPid},
+    units::{HostPid, IdMap, LocalPid, NsPid, PidMap},
 };
 
 /// All kinds, in the order in which they are dumped and restored.
@@ -163,6 +163,31 @@ pub struct Restored<'a> {
     pub parent_exits: bool,
     /// The state that it inherits from the restorer.
     pub own: &'a OfRestorer,
+    /// The numbers of all processes.
+    pub pids: &'a PidMap,
+}
+
+impl Restored<'_> {
+    /// Returns the number of a process or thread for calls of this one.
+    ///
+    /// # Errors
+    /// It has none in this pid namespace.
+    pub fn local(&self, pid: NsPid) -> Result<LocalPid> {
+        local(pid, self.pid, self.pids)
+    }
+}
+
+/// Returns the number of a process or thread for calls of the process `caller`.
+///
+/// # Errors
+/// It has none in the pid namespace of the caller.
+pub fn local(pid: NsPid, caller: NsPid, pids: &PidMap) -> Result<LocalPid> {
+    pids.local(pid, caller).ok_or_else(|| ResError::Image {
+        pid: caller,
+        problem: format!(
+            "it refers to {pid}, which has no number in the pid namespace of the process"
+        ),
+    })
 }
 
 /// Refuses a thread with state that rcriu does not dump, before the dump changes anything.

@@ -29,6 +29,8 @@ impl Kind for Queue {
 
     fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         let queue = of.core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
-        queue.map_or(Ok(()), |queue| signals::requeue(queue, of.pid, Some(of.tid), script))
+        let Some(queue) = queue else { return Ok(()) };
+        let (pid, tid) = (of.local(of.pid)?, of.local(of.tid)?);
+        signals::requeue(queue, of.tid, pid, Some(tid), script)
     }
 }

@@ -27,7 +27,7 @@ use crate::{
     },
     inject::{Answers, Script, Task},
     proc::Mapping,
-    units::{HostPid, NsPid, PidMap},
+    units::{HostPid, LocalPid, NsPid, PidMap},
 };
 
 /// The user's options for a dump of these kinds.
@@ -231,8 +231,8 @@ pub struct Plan<'a> {
 /// A restored child of a process.
 #[derive(Clone, Copy, Debug)]
 pub struct Child<'a> {
-    /// Its pid in the images.
-    pub pid: NsPid,
+    /// Its number for calls of its parent.
+    pub number: Option<LocalPid>,
     /// The core of its first thread.
     pub core: &'a CoreEntry,
 }

@@ -11,7 +11,7 @@ use crate::{
     image::{proto::CoreEntry, tree::exit_signal},
     inject::{Answers, Buffer, CallId, Script, Task, living},
     res::task,
-    units::{HostPid, NsPid, PidMap},
+    units::{HostPid, LocalPid, PidMap},
 };
 
 /// `P_PID` (`linux/wait.h`).
@@ -80,7 +80,8 @@ pub(super) fn collector(tasks: &[Task], pids: &PidMap) -> Begun<dyn Collector> {
 impl Collector for Stops {
     fn ask(&mut self, of: task::Process, script: &mut Script) {
         for child in self.children.get(&of.pid).into_iter().flatten() {
-            self.asked.push((*child, ask(self.pids.ns(*child), script)));
+            let number = self.pids.local(self.pids.ns(*child), self.pids.ns(of.pid));
+            self.asked.extend(number.map(|number| (*child, ask(number, script))));
         }
     }
 
@@ -116,7 +117,7 @@ struct Asked {
 }
 
 /// Adds the call, which only peeks (`WNOWAIT`).
-fn ask(child: NsPid, script: &mut Script) -> Asked {
+fn ask(child: LocalPid, script: &mut Script) -> Asked {
     let info = script.space(INFO_BYTES);
     let flags = libc::WSTOPPED | libc::WCONTINUED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
     let arguments = [P_PID.into(), child.into(), info.into(), flags.into()];
@@ -160,7 +161,7 @@ impl Restorer for Reports {
             let was_stopped = core.is_some_and(|core| core.task_state == task::STOPPED);
             // Images of CRIU do not record it; most parents wait at once.
             if !was_stopped || core.and_then(|core| core.rcriu_stop_told) != Some(false) {
-                tell(child.pid, script);
+                child.number.into_iter().for_each(|number| tell(number, script));
             }
         }
         let pending = parent.tc.as_ref().and_then(|core| core.signals_s.as_ref());
@@ -183,7 +184,7 @@ fn signals(children: &[Child<'_>]) -> impl Iterator<Item = u32> {
 }
 
 /// Adds the call by which a parent consumes the notification that a child has stopped.
-fn tell(child: NsPid, script: &mut Script) {
+fn tell(child: LocalPid, script: &mut Script) {
     let flags = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
     let arguments = [P_PID.into(), child.into(), 0.into(), flags.into()];
     script.attempt(libc::SYS_waitid, &arguments);

@@ -72,7 +72,14 @@ fn open(
     for (tid, core) in tids.iter().zip(threads) {
         image(&dir, Kind::Core, (*tid).into(), std::slice::from_ref(core));
     }
-    let tree = proto::PstreeEntry { pid: PID, ppid: 1, pgid: 5, sid: 4, threads: tids };
+    let tree = proto::PstreeEntry {
+        pid: PID,
+        ppid: 1,
+        pgid: 5,
+        sid: 4,
+        threads: tids,
+        ..Default::default()
+    };
     image(&dir, Kind::Pstree, 0, &[tree]);
     let mm = proto::MmEntry {
         vmas,

@@ -36,6 +36,7 @@ fn write(dir: &Path) {
         pgid: PID,
         sid: PID,
         threads: threads.to_vec(),
+        ..Default::default()
     };
     image(dir, Kind::Pstree, 0, &[process(PID, 0, &[PID, 8]), process(9, PID, &[9])]);
     image(dir, Kind::Mm, PID.into(), &[mm]);

@@ -175,6 +175,8 @@ impl Lock {
 
     /// Adds the calls by which a process takes the lock by the descriptor `fd`.
     fn taken_by(&self, fd: TargetFd, opened: &Opened, script: &mut Script) {
+        let caller = NsPid::of_image(self.entry.pid);
+        let local = |pid| opened.pids.local(pid, caller);
         let again = |step| {
             format!(
                 "{step} descriptor {fd} again (another process may have taken a lock or opened it)"
@@ -205,7 +207,7 @@ impl Lock {
         let owner = owner.filter(|owner| owner.pid != 0 && !self.is_breaking());
         if let Some(owner) = owner {
             // Otherwise, the kernel makes the process the owner.
-            fown::install(owner, 0, fd, script);
+            fown::install(owner, 0, (fd, &local), script);
         }
         let arguments = [fd.0.into(), F_SETLEASE.into(), self.lease_before(opened).into()];
         script.call(again("take the lease of"), libc::SYS_fcntl, &arguments);

@@ -13,7 +13,7 @@ use crate::{
     inject::Script,
     res::file::{FileError, Opened, Result, descriptor},
     sys::tty,
-    units::{NsPid, TargetFd},
+    units::{LocalPid, NsPid, TargetFd},
 };
 
 /// A terminal that becomes the controlling terminal of a session.
@@ -103,7 +103,7 @@ pub(super) fn take_control(fd: TargetFd, script: &mut Script) {
 
 /// Adds the call that makes `group` the foreground group of the controlling terminal at `fd`. The
 /// group must exist, and `SIGTTOU` must be blocked.
-pub(super) fn set_foreground(fd: TargetFd, group: NsPid, script: &mut Script) {
+pub(super) fn set_foreground(fd: TargetFd, group: LocalPid, script: &mut Script) {
     let group = script.bytes(&group.raw().to_ne_bytes());
     let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
     script.call("set the foreground process group", libc::SYS_ioctl, &arguments);

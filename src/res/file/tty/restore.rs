@@ -31,7 +31,7 @@ use crate::{
         root::Root,
         tty::{self, Question, Speeds, Switch, Termios, WindowSize},
     },
-    units::{NO_ID, NsPid, TargetFd},
+    units::{LocalPid, NO_ID, NsPid, TargetFd},
 };
 
 /// How many pseudoterminals the restore opens, at most, to get one with a given index: the kernel
@@ -52,7 +52,8 @@ pub(super) struct TerminalOpener {
     paths: BTreeMap<u32, proto::RegFileEntry>,
     /// The first description of each master that was opened.
     masters: BTreeMap<u32, u32>,
-    controlling: Vec<Controlling>,
+    /// With the foreground group as the leader of the session passes it to calls.
+    controlling: Vec<(Controlling, Option<LocalPid>)>,
     /// The terminal of rcriu, if the root process of the tree leads its group, which becomes the
     /// foreground group.
     inherited: Option<OwnedFd>,
@@ -127,7 +128,9 @@ impl Opener for TerminalOpener {
                 );
                 terminal.foreground = None;
             }
-            self.controlling.push(terminal);
+            let group = terminal.foreground;
+            let group = group.and_then(|group| opened.pids.local(group, terminal.session));
+            self.controlling.push((terminal, group));
         }
         if self.orphans.are_left()
             && let Some(terminal) = inherited(opened)?
@@ -140,7 +143,7 @@ impl Opener for TerminalOpener {
 
     // A process gets the controlling terminal of its session from its parent, or not at all.
     fn begin_session(&self, pid: NsPid, script: &mut Script) {
-        for terminal in self.controlling.iter().filter(|terminal| terminal.session == pid) {
+        for (terminal, _) in self.controlling.iter().filter(|(of, _)| of.session == pid) {
             take_control(TargetFd(terminal.fd.as_raw_fd()), script);
         }
     }
@@ -151,16 +154,16 @@ impl Opener for TerminalOpener {
         _at: &dyn Fn(u32) -> Result<TargetFd>,
         script: &mut Script,
     ) -> Result<()> {
-        for terminal in &self.controlling {
-            if let Some(group) = terminal.foreground
+        for (terminal, group) in &self.controlling {
+            if let Some(group) = group
                 && terminal.session == pid
             {
-                set_foreground(TargetFd(terminal.fd.as_raw_fd()), group, script);
+                set_foreground(TargetFd(terminal.fd.as_raw_fd()), *group, script);
             }
         }
         if let Some(fd) = self.inherited.take() {
             // Like a shell that puts its job in the foreground.
-            set_foreground(TargetFd(fd.as_raw_fd()), pid, script);
+            set_foreground(TargetFd(fd.as_raw_fd()), LocalPid::in_tree(pid), script);
         }
         Ok(())
     }

@@ -3,7 +3,11 @@
 
 use std::{
     ffi::{CStr, CString},
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
 use nix::{errno::Errno, libc, unistd};
@@ -76,24 +80,53 @@ pub(super) fn make(
     what: &str,
 ) -> Result<OwnedFd> {
     let mut script = Script::new();
-    let name = text(&mut script, name)?;
-    let context = call(&mut script, what, libc::SYS_fsopen, &[name, CLOSE_ON_EXEC.into()]);
+    let mount = ask_to_make(&mut script, name, parameters, what)?;
+    opened(on, &script, mount)
+}
+
+/// Adds the calls that mount a file system anew, detached. The result is a descriptor.
+pub(super) fn ask_to_make(
+    script: &mut Script,
+    name: &[u8],
+    parameters: &[Parameter],
+    what: &str,
+) -> Result<CallId> {
+    let name = text(script, name)?;
+    let context = call(script, what, libc::SYS_fsopen, &[name, CLOSE_ON_EXEC.into()]);
     for (key, value) in parameters {
         let shown = format!("{what}: set {}", String::from_utf8_lossy(key));
-        let key = text(&mut script, key)?;
+        let key = text(script, key)?;
         let (command, value) = match value {
             None => (FSCONFIG_SET_FLAG, Arg::from(0)),
-            Some(value) => (FSCONFIG_SET_STRING, text(&mut script, value)?),
+            Some(value) => (FSCONFIG_SET_STRING, text(script, value)?),
         };
         let arguments = [context.into(), command.into(), key, value, 0.into()];
-        call(&mut script, &shown, libc::SYS_fsconfig, &arguments);
+        call(script, &shown, libc::SYS_fsconfig, &arguments);
     }
     let arguments = [context.into(), FSCONFIG_CMD_CREATE.into(), 0.into(), 0.into(), 0.into()];
-    call(&mut script, what, libc::SYS_fsconfig, &arguments);
+    call(script, what, libc::SYS_fsconfig, &arguments);
     let arguments = [context.into(), CLOSE_ON_EXEC.into(), 0.into()];
-    let mount = call(&mut script, what, libc::SYS_fsmount, &arguments);
-    call(&mut script, what, libc::SYS_close, &[context.into()]);
-    opened(on, &script, mount)
+    let mount = call(script, what, libc::SYS_fsmount, &arguments);
+    call(script, what, libc::SYS_close, &[context.into()]);
+    Ok(mount)
+}
+
+/// Adds the call that opens a file or directory of a mount, below its root, without following links. The
+/// result is a descriptor (`O_PATH`).
+pub(super) fn ask_to_open(
+    script: &mut Script,
+    mount: Arg,
+    path: &Path,
+    what: &str,
+) -> Result<CallId> {
+    let path = text(script, path.as_os_str().as_bytes())?;
+    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+    // `struct open_how` (`linux/openat2.h`): flags, mode, ways to resolve.
+    let how = [u64::from(flags.cast_unsigned()), 0, resolve];
+    let how: Vec<u8> = how.into_iter().flat_map(u64::to_ne_bytes).collect();
+    let (size, how) = (how.len(), script.bytes(&how));
+    Ok(call(script, what, libc::SYS_openat2, &[mount, path, how.into(), size.into()]))
 }
 
 /// Sets flags of the file system of a mount, such as `ro`.
@@ -140,11 +173,15 @@ pub(super) fn copy_from_path(on: &Building<'_>, path: &CStr, what: &str) -> Resu
 /// mount must be attached (Linux 6.15 also copies others).
 pub(super) fn copy(on: &Building<'_>, of: BorrowedFd, what: &str) -> Result<OwnedFd> {
     let mut script = Script::new();
+    let copy = ask_to_copy(&mut script, of.as_raw_fd().into(), what);
+    opened(on, &script, copy)
+}
+
+/// Adds the call that copies the mount of a descriptor, see [`copy`]. The result is a descriptor.
+pub(super) fn ask_to_copy(script: &mut Script, of: Arg, what: &str) -> CallId {
     let empty = script.string(c"");
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | EMPTY_PATH;
-    let arguments = [of.as_raw_fd().into(), empty.into(), flags.into()];
-    let copy = call(&mut script, what, libc::SYS_open_tree, &arguments);
-    opened(on, &script, copy)
+    call(script, what, libc::SYS_open_tree, &[of, empty.into(), flags.into()])
 }
 
 /// Changes attributes or the propagation of a mount.
@@ -155,13 +192,17 @@ pub(super) fn set(
     what: &str,
 ) -> Result<()> {
     let mut script = Script::new();
+    ask_to_set(&mut script, mount.as_raw_fd().into(), attributes, what);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Adds the call that changes attributes or the propagation of a mount.
+pub(super) fn ask_to_set(script: &mut Script, mount: Arg, attributes: MountAttributes, what: &str) {
     let empty = script.string(c"");
     let buffer = script.bytes(attributes.as_bytes());
     let size = size_of::<MountAttributes>();
-    let arguments =
-        [mount.as_raw_fd().into(), empty.into(), EMPTY_PATH.into(), buffer.into(), size.into()];
-    call(&mut script, what, libc::SYS_mount_setattr, &arguments);
-    (on.run)(&script).map(drop).map_err(ResError::from)
+    let arguments = [mount, empty.into(), EMPTY_PATH.into(), buffer.into(), size.into()];
+    call(script, what, libc::SYS_mount_setattr, &arguments);
 }
 
 /// Attaches a mount to a mount point.
@@ -192,11 +233,19 @@ fn move_mount(
     what: &str,
 ) -> Result<()> {
     let mut script = Script::new();
-    let empty = script.string(c"");
-    let arguments =
-        [from.as_raw_fd().into(), empty.into(), to.as_raw_fd().into(), empty.into(), flags.into()];
-    call(&mut script, what, libc::SYS_move_mount, &arguments);
+    ask_to_move(&mut script, from.as_raw_fd().into(), to.as_raw_fd().into(), flags, what);
     (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Adds the call that attaches a mount to a mount point.
+pub(super) fn ask_to_attach(script: &mut Script, mount: Arg, point: Arg, what: &str) {
+    ask_to_move(script, mount, point, MOVE_BY_DESCRIPTORS, what);
+}
+
+fn ask_to_move(script: &mut Script, from: Arg, to: Arg, flags: u32, what: &str) {
+    let empty = script.string(c"");
+    let arguments = [from, empty.into(), to, empty.into(), flags.into()];
+    call(script, what, libc::SYS_move_mount, &arguments);
 }
 
 /// Attaches a mount on top of the root directory of the first process.

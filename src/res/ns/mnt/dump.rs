@@ -50,7 +50,7 @@ pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
         images.write(Kind::Mnts, of.number.into(), &entries)?;
     }
     let mut packed = HashSet::new();
-    for Found { space, mount, source } in &found {
+    for Found { space, mount, source, .. } in &found {
         let has_content =
             mount.fs_type == b"tmpfs" && matches!(source, Source::New(_) | Source::Root(None));
         if has_content && packed.insert(mount.device) {
@@ -114,6 +114,7 @@ fn entry(found: &Found, ids: &IdMap) -> MntEntry {
         deleted: former_root.is_some().then_some(true),
         sb_flags: Some(sb_flags),
         ext_key,
+        rcriu_pid_ns: found.pid_space,
         ..Default::default()
     }
 }

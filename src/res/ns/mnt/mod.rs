@@ -27,7 +27,9 @@ mod calls;
 mod contents;
 mod deleted;
 mod dump;
+mod later;
 mod plan;
+mod procs;
 mod reach;
 mod restore;
 mod survey;
@@ -229,11 +231,24 @@ impl Restoring for Mounts {
         self.0.build(on)
     }
 
+    fn mounts_of_first(&self, pid_space: u64) -> Vec<(u32, Later<'_>)> {
+        self.0.mounts_of_first(pid_space)
+    }
+
+    fn pid_spaces(&self) -> Vec<u32> {
+        self.0.mounts.iter().filter_map(|mount| mount.entry.rcriu_pid_ns).collect()
+    }
+
+    fn later_mounts(&self) -> Vec<i32> {
+        self.0.later_mounts()
+    }
+
     fn add_roots(&self, roots: &mut Roots, processes: &dyn Fn(u32) -> Vec<NsPid>) {
         self.0.add_roots(roots, processes);
     }
 }
 
+pub use later::Later;
 pub(super) use survey::{ids, table};
 
 /// Returns the root directory in which paths of a process are looked up: that of its mount namespace. `ids`

@@ -7,7 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, survey::visible};
+use super::{
+    FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, later::Waiting, survey::visible,
+};
 use crate::{
     image::{ImageStore, Kind, proto::MntEntry},
     proc,
@@ -114,6 +116,8 @@ pub(super) struct Plan {
     pub(super) related: bool,
     /// The users and groups of the tree.
     pub(super) ids: IdMap,
+    /// What first processes of pid namespaces mount, in the order of the mounts, once the plan is built.
+    pub(super) waiting: Vec<Waiting>,
 }
 
 impl Plan {
@@ -173,7 +177,8 @@ impl Plan {
             }
         }
         let related = options.masters || options.sharing;
-        Ok(Self { home: home.clone(), spaces, mounts, related, ids: IdMap::default() })
+        let (home, ids) = (home.clone(), IdMap::default());
+        Ok(Self { home, spaces, mounts, related, ids, waiting: Vec::new() })
     }
 }
 

@@ -54,7 +54,8 @@ const READ_ONLY: u32 = 1;
 
 /// The mounts of a plan, attached nowhere.
 struct Made {
-    mounts: Vec<OwnedFd>,
+    /// Without those that the first processes of pid namespaces make.
+    mounts: Vec<Option<OwnedFd>>,
     /// Copies of mounts outside to which they are related.
     outside: HashMap<usize, OwnedFd>,
     /// Mounts with which sharing groups begin.
@@ -83,13 +84,15 @@ impl Plan {
             if at > 0 {
                 begin(&self.spaces[at])?;
             }
-            calls::replace_root(on, made[*root].as_fd(), std::mem::take(&mut attached))?;
+            let root_mount = made[*root].as_ref().ok_or_else(|| self.missing())?;
+            calls::replace_root(on, root_mount.as_fd(), std::mem::take(&mut attached))?;
             self.attach(on, *root, &made)?;
             if !is_home {
                 self.spaces[at].directory = Some(root_of(on.first, &self.ids)?);
             }
         }
         self.relate(on, &made, &wide, &outside)?;
+        self.keep_for_later(made)?;
         // Backwards, since each sets the times of its directory to what it has found.
         named.into_iter().rev().try_for_each(deleted::Named::remove)?;
         on.enter(FILE, self.home.number)
@@ -140,6 +143,9 @@ impl Plan {
                 on.enter_those_of(&self.spaces[mount.space].member.ids, FILE)?;
                 space = Some(mount.space);
             }
+            if self.shows(mount).is_some() {
+                continue;
+            }
             let is_bound = originals_wanted.contains(&at);
             // An original goes away with all mounts that the namespace has so far.
             let attach = |original: &OwnedFd| {
@@ -169,11 +175,14 @@ impl Plan {
             }
         }
         on.enter_those_of(&self.home.ids, FILE)?;
-        let missing = || wrong(self.home.number, "a mount is bound from one that does not exist");
+        let missing = || self.missing();
         // Deleted files, by the number of their image, or else by file system and name.
         let mut named: Vec<((bool, u32, &Path), deleted::Named)> = Vec::new();
         for (at, mount) in self.mounts.iter().enumerate() {
             let Source::Bind(from, rest) = &mount.source else { continue };
+            if self.shows(mount).is_some() {
+                continue;
+            }
             let source = &self.mounts[*from].source;
             if let (Source::Path(path), None) = (source, self.original_of(mount)) {
                 made[at] = Some(from_host(on, mount, path)?);
@@ -214,8 +223,11 @@ impl Plan {
             let named = named.map_err(failed(mount, "find what to bind for"))?;
             made[at] = Some(calls::copy(on, named.as_fd(), &mount.what("bind"))?);
         }
-        let made: Vec<OwnedFd> = made.into_iter().collect::<Option<_>>().ok_or_else(missing)?;
         for (mount, fd) in self.mounts.iter().zip(&made) {
+            let Some(fd) = fd else {
+                self.shows(mount).ok_or_else(missing)?;
+                continue;
+            };
             let attributes = MountAttributes {
                 set: mount.attributes(),
                 clear: attribute::ALL,
@@ -271,41 +283,35 @@ impl Plan {
         Ok(wide)
     }
 
+    fn missing(&self) -> ResError {
+        wrong(self.home.number, "a mount is bound from one that does not exist")
+    }
+
+    /// Keeps what the first processes of pid namespaces attach, and the mount points.
+    fn keep_for_later(&mut self, made: Vec<Option<OwnedFd>>) -> Result<()> {
+        let mut points = Vec::new();
+        for (at, mount) in self.mounts.iter().enumerate() {
+            if self.waits_for(at).is_none() {
+                continue;
+            }
+            let is_there = mount.parent.is_some_and(|parent| self.waits_for(parent).is_none());
+            let point = is_there.then(|| self.mount_point(mount, |at| made[at].as_ref()));
+            points.push((at, point.transpose()?));
+        }
+        let mut made = made;
+        for (at, point) in points {
+            let mount = made[at].take();
+            self.keep(at, mount, point);
+        }
+        Ok(())
+    }
+
     /// Mounts a file system anew, with its contents.
     fn make_anew(&self, on: &Building<'_>, mount: &Mount, name: &[u8]) -> Result<OwnedFd> {
         let entry = &mount.entry;
-        let sb_flags = mount.sb_flags();
-        let mut parameters: Vec<calls::Parameter> = Vec::new();
-        if !entry.source.is_empty() {
-            parameters.push((b"source".to_vec(), Some(entry.source.clone())));
-        }
-        let flags = FILE_SYSTEM_FLAGS.iter().filter(|(flag, _)| sb_flags & flag != 0);
-        parameters.extend(flags.map(|(_, name)| (name.to_vec(), None)));
-        let is_overlay = name == b"overlay";
-        for option in entry.options.split(|byte| *byte == b',').filter(|option| !option.is_empty())
-        {
-            let equals = option.iter().position(|byte| *byte == b'=');
-            let (key, value) = match equals {
-                Some(at) => (&option[..at], Some(&option[at + 1..])),
-                None => (option, None),
-            };
-            match value {
-                // Too long for one value: layer by layer, since Linux 6.7.
-                Some(layers) if is_overlay && key == b"lowerdir" && layers.len() > VALUE_BYTES => {
-                    let layers = layers.split(|byte| *byte == b':');
-                    let layer = |layer: &[u8]| (b"lowerdir+".to_vec(), Some(layer.to_vec()));
-                    parameters.extend(layers.map(layer));
-                }
-                value => parameters.push((key.to_vec(), value.map(<[u8]>::to_vec))),
-            }
-        }
-        let is_kernels = FileSystem::by_name(name)
-            .is_some_and(|known| matches!(known.content, Content::Kernel(_)));
-        let is_read_only = sb_flags & READ_ONLY != 0;
-        // Others may use the same file system: do not change it.
-        if is_read_only && is_kernels {
-            parameters.push((b"ro".to_vec(), None));
-        }
+        let parameters = parameters(mount, name);
+        let is_kernels = is_kernels(name);
+        let is_read_only = mount.sb_flags() & READ_ONLY != 0;
         let shown = String::from_utf8_lossy(name);
         let what = mount.what(&format!("mount {shown} at"));
         let made = calls::make(on, name, &parameters, &what)?;
@@ -323,7 +329,7 @@ impl Plan {
     }
 
     /// Attaches all mounts of a namespace to their mount points; `root` is the position of its root mount.
-    fn attach(&self, on: &Building<'_>, root: usize, made: &[OwnedFd]) -> Result<()> {
+    fn attach(&self, on: &Building<'_>, root: usize, made: &[Option<OwnedFd>]) -> Result<()> {
         let depth = |mount: &Mount| mount.point.components().count();
         let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
         for (at, mount) in self.mounts.iter().enumerate() {
@@ -338,10 +344,12 @@ impl Plan {
             on_it.sort_by_key(|at| std::cmp::Reverse(depth(&self.mounts[*at])));
             for at in &on_it {
                 let mount = &self.mounts[*at];
-                let point = self.mount_point(mount, |at| made.get(at))?;
+                let (None, Some(made_mount)) = (self.waits_for(*at), &made[*at]) else { continue };
+                let point = self.mount_point(mount, |at| made[at].as_ref())?;
                 let what = mount.what("attach the mount at");
-                calls::attach(on, made[*at].as_fd(), point.as_fd(), &what)?;
+                calls::attach(on, made_mount.as_fd(), point.as_fd(), &what)?;
             }
+            on_it.retain(|at| self.waits_for(*at).is_none());
             pending.extend(on_it);
         }
         Ok(())
@@ -351,7 +359,7 @@ impl Plan {
     fn relate(
         &self,
         on: &Building<'_>,
-        made: &[OwnedFd],
+        made: &[Option<OwnedFd>],
         wide: &HashMap<u32, OwnedFd>,
         outside: &HashMap<usize, OwnedFd>,
     ) -> Result<()> {
@@ -377,7 +385,9 @@ impl Plan {
             let before = order.len();
             let mut later = Vec::new();
             for at in order {
-                let (mount, own) = (&self.mounts[at], made[at].as_fd());
+                let mount = &self.mounts[at];
+                let (None, Some(own)) = (self.waits_for(at), &made[at]) else { continue };
+                let own = own.as_fd();
                 let what = mount.what("share the mount at");
                 let of_master = mount
                     .master()
@@ -435,6 +445,46 @@ impl Plan {
             order = later;
         }
     }
+}
+
+/// Returns the parameters with which a file system is mounted anew.
+pub(super) fn parameters(mount: &Mount, name: &[u8]) -> Vec<calls::Parameter> {
+    let entry = &mount.entry;
+    let sb_flags = mount.sb_flags();
+    let mut parameters: Vec<calls::Parameter> = Vec::new();
+    if !entry.source.is_empty() {
+        parameters.push((b"source".to_vec(), Some(entry.source.clone())));
+    }
+    let flags = FILE_SYSTEM_FLAGS.iter().filter(|(flag, _)| sb_flags & flag != 0);
+    parameters.extend(flags.map(|(_, name)| (name.to_vec(), None)));
+    let is_overlay = name == b"overlay";
+    for option in entry.options.split(|byte| *byte == b',').filter(|option| !option.is_empty()) {
+        let equals = option.iter().position(|byte| *byte == b'=');
+        let (key, value) = match equals {
+            Some(at) => (&option[..at], Some(&option[at + 1..])),
+            None => (option, None),
+        };
+        match value {
+            // Too long for one value: layer by layer, since Linux 6.7.
+            Some(layers) if is_overlay && key == b"lowerdir" && layers.len() > VALUE_BYTES => {
+                let layers = layers.split(|byte| *byte == b':');
+                let layer = |layer: &[u8]| (b"lowerdir+".to_vec(), Some(layer.to_vec()));
+                parameters.extend(layers.map(layer));
+            }
+            value => parameters.push((key.to_vec(), value.map(<[u8]>::to_vec))),
+        }
+    }
+    // Others may use the same file system: do not change it.
+    if sb_flags & READ_ONLY != 0 && is_kernels(name) {
+        parameters.push((b"ro".to_vec(), None));
+    }
+    parameters
+}
+
+/// Whether the kernel fills a file system.
+fn is_kernels(name: &[u8]) -> bool {
+    let known = FileSystem::by_name(name);
+    known.is_some_and(|known| matches!(known.content, Content::Kernel(_)))
 }
 
 fn is_directory(file: &OwnedFd) -> bool {

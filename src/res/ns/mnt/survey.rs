@@ -68,6 +68,8 @@ pub(super) struct Found {
     pub(super) space: usize,
     pub(super) mount: Mount,
     pub(super) source: Source,
+    /// The number of the pid namespace below that of the tree that it shows, if it is a proc file system of one.
+    pub(super) pid_space: Option<u32>,
 }
 
 /// Returns all mounts of the namespaces of a tree, one namespace after the other, in each the root first
@@ -85,14 +87,18 @@ pub(super) fn look(all: &[Dumped<'_>]) -> Result<Vec<Found>> {
     }
     let host = proc::mounts()?;
     let spaces: Vec<Space> = all.iter().map(Space::of).collect();
-    let survey = Survey { options, host, mounts: &mounts, spaces };
+    let pid_spaces = super::procs::pid_spaces(all, &mounts)?;
+    let survey = Survey { options, host, mounts: &mounts, spaces, pid_spaces };
     let mut found: Vec<Found> = Vec::with_capacity(mounts.len());
     for (space, mount) in &mounts {
         let is_root = found.last().is_none_or(|last| last.space != *space);
         let source = survey.source((*space, mount), is_root, &found)?;
-        found.push(Found { space: *space, mount: mount.clone(), source });
+        let pid_space = survey.pid_spaces.get(&mount.device).copied();
+        let pid_space = pid_space.filter(|_| matches!(source, Source::New(_)));
+        found.push(Found { space: *space, mount: mount.clone(), source, pid_space });
     }
     survey.check_relations(&found)?;
+    survey.check_later(&found)?;
     Ok(found)
 }
 
@@ -179,6 +185,8 @@ struct Survey<'a> {
     /// The mounts of the tree, with the positions of their namespaces.
     mounts: &'a [(usize, Mount)],
     spaces: Vec<Space>,
+    /// The numbers of the pid namespaces below that of the tree, by the devices of their proc file systems.
+    pid_spaces: HashMap<(u32, u32), u32>,
 }
 
 impl Survey<'_> {
@@ -215,6 +223,9 @@ impl Survey<'_> {
         }
         let known = FileSystem::by_name(&mount.fs_type);
         let is_whole = mount.root == Path::new("/");
+        if self.pid_spaces.contains_key(&mount.device) {
+            return Ok(if is_whole { Source::New(known) } else { Source::Bind });
+        }
         let from_host = self.on_host(mount);
         if let Some(known) = known
             && let Content::Kernel(namespace) = known.content
@@ -314,6 +325,24 @@ impl Survey<'_> {
     fn on_host(&self, mount: &Mount) -> Option<PathBuf> {
         let candidates = self.host.iter().filter(|host| host.device == mount.device);
         candidates.filter_map(|host| visible(host, &mount.root)).next()
+    }
+
+    /// Checks the mounts that a restore makes only when the first process of a pid namespace exists: proc file
+    /// systems of such, and what is on them.
+    fn check_later(&self, found: &[Found]) -> Result<()> {
+        let mut later: HashMap<i32, bool> = HashMap::new();
+        for Found { space, mount, .. } in found {
+            let is_proc = self.pid_spaces.contains_key(&mount.device);
+            let is_on_one = later.get(&mount.parent).copied() == Some(true);
+            later.insert(mount.id, is_proc || is_on_one);
+            if (is_proc || is_on_one) && (mount.shared != 0 || mount.master != 0) {
+                let what = "that shows a pid namespace below that of the tree, or is on such a mount, and \
+                            shares events with other mounts";
+                let help = "make it private (mount --make-private)";
+                return Err(self.refused((*space, mount), what, help));
+            }
+        }
+        Ok(())
     }
 
     /// Checks the sharing groups.

@@ -24,7 +24,7 @@ use nix::{
 
 use super::name;
 use crate::{
-    causes::with_sources,
+    causes::{tell, with_sources},
     image::proto::SkPeerEntry,
     inject::{Helper, Helpers, InjectError, Script},
     proc,
@@ -95,13 +95,15 @@ pub(super) struct Callers {
     /// The pids of the tree.
     tree: HashSet<NsPid>,
     makers: Helpers,
+    pids: PidMap,
 }
 
 impl Callers {
     pub(super) fn new(opened: &Opened) -> Result<Self> {
         let tree = opened.holders.values().map(|holder| holder.pid).collect();
         let makers = opened.helpers.clone();
-        Ok(Self { own: own(&opened.pids, &makers)?, helpers: HashMap::new(), tree, makers })
+        let pids = opened.pids.clone();
+        Ok(Self { own: own(&pids, &makers)?, helpers: HashMap::new(), tree, makers, pids })
     }
 
     /// Whether a process of the tree will have this pid.
@@ -119,6 +121,13 @@ impl Callers {
         let place = self.helpers.entry(pid).or_insert_with(|| {
             if pid.raw() <= 0 {
                 return Err("it belongs to another pid namespace".into());
+            }
+            if self.pids.below().is_some_and(|below| !below.numbers(pid).is_empty()) {
+                let message = format!(
+                    "processes in pid namespaces below that of the tree will be shown 0 as the pid of process \
+                     {pid}, as the sender of waiting messages and the peer of sockets"
+                );
+                tell(log::Level::Warn, &message);
             }
             self.makers.spawn(pid).map_err(|error| with_sources(&error))
         });
