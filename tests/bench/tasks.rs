@@ -12,15 +12,16 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "programs.rs"]
+mod programs;
 #[path = "scale.rs"]
 mod scale;
 
 use std::{
-    ffi::{OsStr, OsString},
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -34,6 +35,7 @@ use nix::{
     },
     unistd::Pid,
 };
+use programs::{Program, Run, Times, await_that, enter_own_run};
 use scale::Many;
 
 /// Runs of a small process, and of a large one, by each program.
@@ -57,24 +59,8 @@ fn main() {
         _ => {}
     }
     require(Cap::Ptrace);
-    let criu = std::env::var_os("RCRIU_BENCH_CRIU").or_else(|| {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let found = std::env::split_paths(&path).map(|dir| dir.join("criu"));
-        found.into_iter().find(|path| path.is_file()).map(PathBuf::into_os_string)
-    });
     scale::descriptors();
-    if criu.is_some() && std::env::var_os("RCRIU_BENCH_INSIDE").is_none() {
-        // Without a tmpfs on /run, CRIU asks the kernel anew what it can do, which
-        // takes longer than all else of a small process.
-        let script = "mount -t tmpfs tmpfs /run && exec \"$0\" \"$@\"";
-        let error = Command::new("unshare")
-            .args(["-m", "sh", "-c", script])
-            .arg(std::env::current_exe().expect("it has a path"))
-            .args(std::env::args_os().skip(1))
-            .env("RCRIU_BENCH_INSIDE", "1")
-            .exec();
-        panic!("unshare: {error}");
-    }
+    enter_own_run();
     set_child_subreaper(true).expect("it needs no privilege");
     let words: Vec<String> = std::env::args().skip(1).collect();
     let only = words.iter().find(|word| !word.starts_with('-'));
@@ -84,9 +70,7 @@ fn main() {
         places = vec![place.into()];
     }
     let installed = tempfile::tempdir().unwrap();
-    let install = |name, path: OsString| Program::install(name, &path, installed.path());
-    let ours = install("rcriu", env!("CARGO_BIN_EXE_rcriu").into());
-    let peer = criu.map(|path| install("criu", path));
+    let (ours, peer) = Program::both(installed.path());
     for place in &places {
         println!("\nimages in {}", place.display());
         let bench = Bench { ours: &ours, peer: peer.as_ref(), place };
@@ -146,40 +130,7 @@ impl Load {
     }
 }
 
-/// A program with CRIU's command line.
-struct Program {
-    name: &'static str,
-    path: OsString,
-}
-
-/// What a run took.
-struct Run {
-    seconds: f64,
-    peak_kib: u64,
-}
-
 impl Program {
-    /// Copies a program to a directory. What a linker has just written lies in the page
-    /// cache in single pages, and takes a sixth longer to start.
-    fn install(name: &'static str, path: &OsStr, dir: &Path) -> Self {
-        let copy = dir.join(name);
-        fs::copy(path, &copy).unwrap();
-        Self { name, path: copy.into() }
-    }
-
-    #[expect(clippy::zombie_processes, reason = "waited for by its pid")]
-    fn run(&self, arguments: &[&str], images: &Path) -> Run {
-        let mut command = Command::new(&self.path);
-        command.args(arguments).arg("-D").arg(images).stdin(Stdio::null());
-        command.stdout(Stdio::null());
-        let begin = Instant::now();
-        let child = command.spawn().expect("the program exists");
-        let (success, peak_kib) = wait(&child);
-        let seconds = begin.elapsed().as_secs_f64();
-        assert!(success, "{} {arguments:?} failed; see {}", self.name, images.display());
-        Run { seconds, peak_kib }
-    }
-
     /// Dumps and kills a process. The time is that until it is gone, which rcriu waits for
     /// and others leave to the next caller.
     fn dump(&self, target: &Target, images: &Path) -> Run {
@@ -197,19 +148,6 @@ impl Program {
         let arguments = ["restore", "-d", "-W", work, "-o", "restore.log"];
         self.run(&[&arguments, target.load.options()].concat(), images)
     }
-}
-
-/// Waits for a child; tells whether it succeeded, and its peak memory.
-#[expect(unsafe_code, reason = "no crate has wait4")]
-fn wait(child: &Child) -> (bool, u64) {
-    // SAFETY: zeros are a valid `rusage`, which is numbers only.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    let mut status = 0;
-    let pid = child.id().cast_signed();
-    // SAFETY: both pointers are to locals of the right types that outlive the call.
-    let waited = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) };
-    assert_eq!(waited, pid);
-    (status == 0, usage.ru_maxrss.unsigned_abs())
 }
 
 /// A process to be dumped, with its children.
@@ -300,14 +238,6 @@ impl Target {
     }
 }
 
-fn await_that(mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(120);
-    while !condition() {
-        assert!(Instant::now() < end, "it takes too long");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
 /// What the large process does: it holds memory, and looks at it whenever it is told to.
 #[expect(unsafe_code, reason = "mapping memory")]
 fn hold(status: &Path, mib: usize) {
@@ -355,25 +285,6 @@ fn touch_free_memory(large: bool) {
         let program = std::env::current_exe().expect("it has a path");
         let mib = (2 * mib() + SPARE_MIB).to_string();
         assert!(Command::new(program).args(["--touch", &mib]).status().unwrap().success());
-    }
-}
-
-#[derive(Default)]
-struct Times {
-    seconds: Vec<f64>,
-    peak_kib: u64,
-}
-
-impl Times {
-    fn add(&mut self, run: &Run) {
-        self.seconds.push(run.seconds);
-        self.peak_kib = self.peak_kib.max(run.peak_kib);
-    }
-
-    fn median(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_unstable_by(f64::total_cmp);
-        sorted[sorted.len() / 2]
     }
 }
 
