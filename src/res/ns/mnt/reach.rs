@@ -59,6 +59,11 @@ pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<Option<OwnedFd>> {
     let table = Table::open().map_err(failed)?;
     let found = visit::in_mounts(pid, || {
         let before = table.mounts()?;
+        // A copy of a mount that shares events, or that cannot be bound, is made in a copy of the namespace.
+        let is_plain = mount.shared == 0 && mount.master == 0 && !mount.unbindable;
+        if is_plain && hiding(&before, mount.id).is_none() {
+            return Ok(Some(mounts::copy(&path)?));
+        }
         // Changes of this copy of the namespace reach nothing else.
         unshare(CloneFlags::CLONE_NEWNS)?;
         let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;

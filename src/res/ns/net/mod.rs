@@ -124,8 +124,8 @@ fn dump(of: &Dumped<'_>, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<
         let entry = NetnsEntry { ext_key: Some(name.into()), ..NetnsEntry::default() };
         return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
     }
-    // Made by a thread of its own, so before this one moves.
-    let fresh = (!options.network.is_empty).then(|| sysctl::of_new_namespace(pid)).transpose()?;
+    // The thread is where this one is now.
+    let fresh = (!options.network.is_empty).then(sysctl::OfNewNamespace::read);
     let here = outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
     let rcrius = open_here(pid)?;
     let _visit = enter(pid)?;
@@ -140,7 +140,7 @@ fn dump(of: &Dumped<'_>, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<
         return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
     };
     images.write(Kind::Netdev, number.into(), &devices)?;
-    let mut entry = sysctl::read_common(&fresh);
+    let mut entry = sysctl::read_common(fresh, pid)?;
     entry.nsids = neighbours.entries();
     routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
     filter::dump(images, number, pid)?;

@@ -6,12 +6,14 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs,
+    fs::{self, File},
+    io::Read,
     os::unix::{
         ffi::{OsStrExt, OsStringExt},
         fs::PermissionsExt,
     },
     path::{Path, PathBuf},
+    thread::{self, JoinHandle},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -125,13 +127,21 @@ const IPV4_TEXT: [&str; 1] = ["ping_group_range"];
 /// The most bytes of a setting.
 const LONGEST_VALUE: usize = 4096;
 
-/// All settings of a namespace by their paths below [`ROOT`].
+/// Settings of a namespace by their paths below [`ROOT`].
 pub(super) type Settings = BTreeMap<PathBuf, Vec<u8>>;
 
 fn read(path: &Path) -> Option<Vec<u8>> {
-    let mut value = fs::read(Path::new(ROOT).join(path)).ok()?;
-    value.truncate(value.trim_ascii_end().len());
-    (value.len() <= LONGEST_VALUE).then_some(value)
+    let mut value = [0; LONGEST_VALUE + 1];
+    // The kernel gives a whole setting to one call.
+    let bytes = File::open(Path::new(ROOT).join(path)).and_then(|mut file| file.read(&mut value));
+    let value = value.get(..bytes.ok()?)?.trim_ascii_end();
+    (value.len() <= LONGEST_VALUE).then(|| value.to_vec())
+}
+
+/// Whether a setting can be read and changed.
+fn is_state(path: &Path) -> bool {
+    let data = fs::metadata(Path::new(ROOT).join(path));
+    data.is_ok_and(|data| data.permissions().mode() & 0o600 == 0o600)
 }
 
 fn write(path: &Path, value: &[u8]) {
@@ -195,34 +205,41 @@ pub(super) fn write_device(entry: &NetDeviceEntry) {
     write_list(&conf("ipv6", OsStr::from_bytes(&entry.name)), &IPV6, &entry.conf6);
 }
 
-/// Returns the settings of a new network namespace; `pid` is a process for messages.
-///
-/// # Errors
-/// The namespace cannot be made.
-pub(super) fn of_new_namespace(pid: HostPid) -> Result<Settings> {
-    let settings = std::thread::scope(|scope| {
-        let reader = scope.spawn(|| {
+/// The settings of a new network namespace, which a thread of its own reads meanwhile.
+#[derive(Debug)]
+pub(super) struct OfNewNamespace(JoinHandle<nix::Result<Settings>>);
+
+impl OfNewNamespace {
+    /// Starts to read them. The new namespace belongs to that in which the calling thread is.
+    pub(super) fn read() -> Self {
+        Self(thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            Ok(read_all())
-        });
-        reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    let step = "make a network namespace to compare with that of";
-    settings.map_err(|source| ResError::Process { pid, step, source })
+            Ok(read_unlisted())
+        }))
+    }
+
+    /// Returns them; `pid` is a process for messages.
+    ///
+    /// # Errors
+    /// The namespace could not be made.
+    pub(super) fn settings(self, pid: HostPid) -> Result<Settings> {
+        let settings = self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let step = "make a network namespace to compare with that of";
+        settings.map_err(|source| ResError::Process { pid, step, source })
+    }
 }
 
-/// Reads all settings that can be changed.
-fn read_all() -> Settings {
+/// Reads all settings that CRIU's images lack.
+fn read_unlisted() -> Settings {
     let mut found = Settings::new();
     let mut rest = vec![PathBuf::new()];
     while let Some(dir) = rest.pop() {
         let Ok(entries) = fs::read_dir(Path::new(ROOT).join(&dir)) else { continue };
         for entry in entries.flatten() {
-            let Ok(data) = entry.metadata() else { continue };
             let path = dir.join(entry.file_name());
-            if data.is_dir() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 rest.push(path);
-            } else if data.permissions().mode() & 0o600 == 0o600
+            } else if !is_listed(&path)
                 && let Some(value) = read(&path)
             {
                 found.insert(path, value);
@@ -252,15 +269,19 @@ fn default_of(path: &Path) -> Option<PathBuf> {
     is_of_device.then(|| dir.join("default").join(path.file_name().expect("it has a parent")))
 }
 
-/// Reads the settings that belong to no device, and those that CRIU's images lack. `fresh` has those of
-/// a new namespace.
-pub(super) fn read_common(fresh: &Settings) -> NetnsEntry {
+/// Reads the settings that belong to no device, and those that CRIU's images lack and that differ from
+/// those of a new namespace; `pid` is a process for messages.
+///
+/// # Errors
+/// As [`OfNewNamespace::settings`].
+pub(super) fn read_common(fresh: OfNewNamespace, pid: HostPid) -> Result<NetnsEntry> {
     let lists =
         |family: &str, device: &str, names: &[&str]| read_list(&conf(family, device), names);
+    let own = read_unlisted();
+    let fresh = fresh.settings(pid)?;
     let expected = |path: &Path| fresh.get(path).or_else(|| fresh.get(&default_of(path)?));
-    let others = read_all()
-        .into_iter()
-        .filter(|(path, value)| !is_listed(path) && expected(path) != Some(value));
+    let others =
+        own.into_iter().filter(|(path, value)| expected(path) != Some(value) && is_state(path));
     let mut entry = NetnsEntry {
         def_conf4: lists("ipv4", "default", &IPV4),
         all_conf4: lists("ipv4", "all", &IPV4),
@@ -273,7 +294,7 @@ pub(super) fn read_common(fresh: &Settings) -> NetnsEntry {
     entry.rcriu_sysctls = others
         .map(|(path, value)| RcriuSysctl { name: path.into_os_string().into_vec(), value })
         .collect();
-    entry
+    Ok(entry)
 }
 
 /// Writes the settings that new devices take over. Runs before there are any.
