@@ -147,6 +147,7 @@ const ROWS: &[Row] = &[
             ("file-validation", restored_file_validation),
             ("root", root),
             ("join-ns", join_ns),
+            ("lsm-profile", lsm_profile),
             ("veth-pair", veth_pair),
             ("external", restored_external),
             ("skip-mnt", restored_skip_mnt),
@@ -1166,6 +1167,14 @@ fn join_ns(_: &str) {
     let wrong = said(&run.restore(&["--join-ns", "net:1", "--empty-ns", "net"]));
     assert!(wrong.contains("cannot be used with --join-ns net"), "{wrong}");
     fine(run.restore(&["--join-ns", "uts:/proc/self/ns/uts"]));
+}
+
+/// Only the profile that the tree inherits from rcriu.
+fn lsm_profile(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    refused(&run.restore(&["--lsm-profile", "selinux:no_such_label"]), "start rcriu itself under");
+    fine(run.restore(&["--lsm-profile", "none"]));
 }
 
 /// The same as --external veth[IN]:OUT: a tree without such a device does not need it.

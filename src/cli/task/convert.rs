@@ -32,6 +32,7 @@ use crate::{
             TerminalOptions, UnixOptions, Validation, WatchOptions,
         },
         ns::{self, join, mnt, net},
+        thread::{self, ProfileError},
         tree::{
             self, cgroup,
             processor::{self, Aspects},
@@ -71,6 +72,8 @@ pub(super) enum UsageError {
         .0.as_ref().map_or(String::new(), |word| format!(", not {}", word.to_string_lossy()))
     )]
     CpuinfoAction(Option<std::ffi::OsString>),
+    #[error("--lsm-profile")]
+    Profile(#[from] ProfileError),
     #[error("--join-ns")]
     Join(#[from] join::JoinError),
     #[error("--empty-ns net cannot be used with --join-ns net: the namespace is not made")]
@@ -353,6 +356,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     if args.memory.lazy && args.memory.auto_dedup.is_some() {
         return Err(UsageError::LazyFreeing);
     }
+    args.machine.lsm_profile.as_deref().map_or(Ok(()), thread::check_profile)?;
     let pidfile = args.tree.pidfile.as_ref();
     // A pager of a detached tree must not keep the caller's streams open.
     let is_watched = !args.tree.restore_detached && !args.tree.exec_cmd;

@@ -240,7 +240,7 @@ pub(super) struct MachineArgs {
     #[arg(long, value_name = "ASPECT,...", num_args = 0..=1, require_equals = true,
           default_missing_value = "all")]
     pub cpu_cap: Option<CpuCap>,
-    /// Restore the tree under this security profile
+    /// The security profile of the restored tree, which must be that of rcriu: rcriu sets none
     #[arg(long, value_name = "TYPE:NAME")]
     pub lsm_profile: Option<String>,
     /// Restore mounts with this security context

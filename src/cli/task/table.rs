@@ -142,11 +142,7 @@ pub(super) const ROWS: &[Row] = &[
     // Machine
     built("cpu-cap", DUMP.or(RESTORE).or(CPUINFO)),
     harmless("cpu-cap", PRE_DUMP, NO_FILES),
-    refused(
-        "lsm-profile",
-        RESTORE,
-        "start rcriu itself under the profile, which the tree inherits",
-    ),
+    built("lsm-profile", RESTORE),
     refused("lsm-mount-context", RESTORE, "leave it out: mounts are not restored"),
     refused("allow-uprobes", BOTH, "dump a tree that has never had uprobes"),
     harmless("unprivileged", BOTH, "each step that lacks a privilege reports it"),

@@ -28,6 +28,11 @@ const AMBIENT_CLEAR_ALL: i32 = 4;
 /// Bits of capability sets.
 const CAPABILITIES: u32 = 64;
 
+/// The label of a thread without an AppArmor profile, and the value of `--lsm-profile` that leaves the labels as they
+/// come.
+const UNCONFINED: &str = "unconfined";
+const NO_PROFILE: &str = "none";
+
 pub(super) struct Creds;
 
 impl Kind for Creds {
@@ -69,13 +74,48 @@ fn own_label() -> String {
     label.trim_end_matches(['\n', '\0']).to_owned()
 }
 
+/// A security profile that a restore does not set.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the tree gets the security label of rcriu, {own}, instead of {wanted:?}\nhelp: start rcriu itself under that \
+     profile, which the tree inherits"
+)]
+pub struct ProfileError {
+    own: String,
+    wanted: String,
+}
+
+/// Checks that a restored tree has the security profile `TYPE:NAME`, or `none`, without anything being done.
+///
+/// # Errors
+/// rcriu has another label.
+pub fn check_profile(profile: &str) -> std::result::Result<(), ProfileError> {
+    check_label(profile, &own_label())
+}
+
+fn check_label(profile: &str, own: &str) -> std::result::Result<(), ProfileError> {
+    let is_it = match profile.split_once(':') {
+        None => profile == NO_PROFILE,
+        // Without AppArmor, nothing is confined.
+        Some(("apparmor", UNCONFINED)) if own.is_empty() => true,
+        Some(("apparmor" | "selinux", wanted)) => has_name(own, wanted),
+        _ => false,
+    };
+    let described = || if own.is_empty() { "none".to_owned() } else { format!("{own:?}") };
+    is_it.then_some(()).ok_or_else(|| ProfileError { own: described(), wanted: profile.to_owned() })
+}
+
+/// Whether a label is that of a profile. AppArmor shows the mode after the name, and neither images nor
+/// options have it.
+fn has_name(label: &str, profile: &str) -> bool {
+    label == profile || label.split_once(" (").is_some_and(|(name, _)| name == profile)
+}
+
 /// Describes the security label that a thread had, which CRIU stores for AppArmor and SELinux, if
 /// the restorer has another one.
 fn label_lost(creds: &proto::CredsEntry, own: &str) -> Option<String> {
     let stored = creds.lsm_profile.as_deref().map(String::from_utf8_lossy)?;
-    // AppArmor shows the mode after the name of a profile, and the images do not have it.
-    let same = own == stored || own.split_once(" (").is_some_and(|(name, _)| name == stored);
-    (!same && !stored.is_empty()).then(|| {
+    (!has_name(own, &stored) && !stored.is_empty()).then(|| {
         let now = if own.is_empty() { "no label".to_owned() } else { format!("{own:?}") };
         format!("the security label was {stored:?} but is that of rcriu: {now}")
     })
@@ -253,5 +293,28 @@ mod tests {
         let words = "the security label was \"profile\" but is that of rcriu: ";
         assert_eq!(lost(Some("profile"), "unconfined"), Some(format!("{words}\"unconfined\"")));
         assert_eq!(lost(Some("profile"), ""), Some(format!("{words}no label")));
+    }
+
+    #[test]
+    fn a_profile_that_the_tree_has_anyway_is_taken() {
+        for (profile, own) in [
+            ("none", "confined (enforce)"),
+            ("apparmor:unconfined", ""),
+            ("apparmor:unconfined", "unconfined"),
+            ("apparmor:lxc-container-default", "lxc-container-default (enforce)"),
+            ("selinux:system_u:system_r:x_t:s0", "system_u:system_r:x_t:s0"),
+        ] {
+            assert_eq!(check_label(profile, own), Ok(()), "{profile} {own}");
+        }
+        for (profile, own) in [
+            ("apparmor:lxc-container-default", ""),
+            ("apparmor:unconfined", "confined (enforce)"),
+            ("selinux:unconfined", ""),
+            ("unconfined", "unconfined"),
+            ("smack:a", "a"),
+        ] {
+            let message = check_label(profile, own).unwrap_err().to_string();
+            assert!(message.contains(profile), "{message}");
+        }
     }
 }

@@ -14,6 +14,8 @@ mod scheduling;
 mod seccomp;
 mod shadow_stack;
 
+pub use creds::{ProfileError, check_profile};
+
 use super::{
     ResError, Result, attribute,
     calls::{Calls, OfRestorer},
