@@ -79,6 +79,11 @@ pub enum FdDetail {
         /// Its pids in that namespace and in those nested inside.
         nspid: Vec<i32>,
     },
+    /// The master of a pseudoterminal (`drivers/tty/pty.c`), since Linux 4.14.
+    Master {
+        /// The number of its slave in `/dev/pts`.
+        index: u32,
+    },
 }
 
 /// A file that an epoll instance watches (`ep_show_fdinfo`, `fs/eventpoll.c`).
@@ -153,6 +158,7 @@ struct Parts {
     fanotify: Option<FanotifyGroup>,
     pid: Option<i32>,
     nspid: Vec<i32>,
+    terminal: Option<u32>,
 }
 
 impl Parts {
@@ -173,6 +179,7 @@ impl Parts {
             }
             b"it_value" => self.value = Some(seconds(value, "it_value")?),
             b"it_interval" => self.interval = Some(seconds(value, "it_interval")?),
+            b"tty-index" => self.terminal = Some(text::unsigned(value, 10, "tty-index")?),
             b"Pid" => self.pid = Some(text::signed(value, "Pid")?),
             b"NSpid" => self.nspid = text::numbers(value, "NSpid")?,
             _ => {}
@@ -210,6 +217,9 @@ impl Parts {
         }
         if let Some(group) = self.fanotify {
             return Ok(FdDetail::Fanotify(group));
+        }
+        if let Some(index) = self.terminal {
+            return Ok(FdDetail::Master { index });
         }
         Ok(match self.pid {
             Some(pid) => FdDetail::PidFd { pid, nspid: self.nspid },

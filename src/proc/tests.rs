@@ -398,6 +398,7 @@ fn details_of_descriptors_are_read() {
             FdDetail::Fanotify(FanotifyGroup { event_flags: 0x8000, ..Default::default() }),
         ),
         ("Pid:\t23179\nNSpid:\t23179\t5\n", FdDetail::PidFd { pid: 23179, nspid: vec![23179, 5] }),
+        ("tty-index:\t3\n", FdDetail::Master { index: 3 }),
         ("Pid:\t-1\n", FdDetail::PidFd { pid: -1, nspid: Vec::new() }),
     ] {
         let expected = FdInfo {

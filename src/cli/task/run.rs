@@ -340,6 +340,7 @@ impl Work {
             Self::Dump(options) => {
                 options.actions = options.actions.clone().with_client(client);
                 options.files.terminals = options.files.terminals.orphans(taker.is_some());
+                options.namespaces.mounts.leave_masters(taker.is_some());
                 options.files.unix = options.files.unix.service(own_end);
             }
             Self::Restore(options) => {

@@ -33,6 +33,7 @@ mod procs;
 mod reach;
 mod restore;
 mod survey;
+mod terminals;
 
 use std::path::{Path, PathBuf};
 
@@ -132,6 +133,8 @@ pub struct Options {
     sharing: bool,
     /// Mounts may receive events from mounts outside (`--enable-external-masters`).
     masters: bool,
+    /// Whether the client of the restore takes the masters of pseudoterminals that the tree lacks.
+    orphans: bool,
 }
 
 impl Options {
@@ -168,6 +171,11 @@ impl Options {
         self
     }
 
+    /// Says whether the client of the restore takes the masters of pseudoterminals that the tree lacks.
+    pub(crate) fn leave_masters(&mut self, orphans: bool) {
+        self.orphans = orphans;
+    }
+
     fn external(&self, key: &[u8]) -> Option<&str> {
         let found = self.external.iter().find(|(known, _)| known.as_bytes() == key);
         found.map(|(_, value)| value.as_str())
@@ -183,7 +191,9 @@ impl Namespace for Mnt {
     }
 
     fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
-        deleted::check(all, &survey::look(all)?)
+        let found = survey::look(all)?;
+        deleted::check(all, &found)?;
+        terminals::check(all, &found)
     }
 
     fn dump_all(&self, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
