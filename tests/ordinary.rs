@@ -311,3 +311,39 @@ fn privileged_an_ordinary_user_dumps_and_restores_a_sandbox() {
 fn privileged_root_dumps_and_restores_the_sandbox_of_a_user() {
     sandbox(&Home::new(), &["--dev-bind", "/dev", "/dev", "--unshare-all"], false);
 }
+
+/// A tree of `unshare -Urm` has the mounts of the machine, which it cannot unmount. It can after a restore.
+#[test]
+fn privileged_locked_mounts_are_named_by_a_restore() {
+    require(Cap::Ptrace);
+    for program in ["unshare", "setsid"] {
+        require(Cap::Program(program));
+    }
+    let images = tempfile::tempdir().unwrap();
+    let rcriu = |arguments: &[&str]| {
+        let mut command = Command::new(engine());
+        command.args(arguments).arg("-D").arg(images.path()).output().unwrap()
+    };
+    let mut command = Command::new("unshare");
+    command.args(["-Urmpf", "--mount-proc", "setsid", "sleep", "1000"]).current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut ends = Ends(command.spawn().unwrap(), None);
+    let tree = child_of(ends.0.id());
+    wait_asleep(tree);
+    let output = rcriu(&["dump", "-t", &tree.to_string()]);
+    assert!(output.status.success(), "{}", said(&output));
+    ends.0.wait().unwrap();
+    let pidfile = images.path().join("pid");
+    let output = rcriu(&["restore", "-d", "--pidfile", pidfile.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", said(&output));
+    ends.1 = Some(fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap());
+    let text = said(&output);
+    let named = text.split_once("change their flags: ").unwrap_or_else(|| panic!("{text}")).1;
+    // The tree itself has mounted the upper one of the two.
+    assert_eq!(
+        named.split([',', '\n']).filter(|point| point.trim() == "/proc").count(),
+        1,
+        "{text}"
+    );
+    assert!(named.contains("/sys"), "{text}");
+}

@@ -4,7 +4,7 @@ use std::{collections::HashSet, os::unix::ffi::OsStrExt};
 
 use super::{
     FROM_HOST, NAMED, UNKNOWN, contents, deleted, kernel_device,
-    reach::reach,
+    reach::{locked, reach},
     survey::{self, Found, Source},
 };
 use crate::{
@@ -41,10 +41,16 @@ pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
     let found = survey::look(all)?;
     let deleted = deleted::write(all, &found, images)?;
     for (space, of) in all.iter().enumerate() {
+        // Only a more privileged user namespace locks mounts.
+        let locked = match of.ids.is_own_namespace() {
+            true => HashSet::new(),
+            false => locked(of.pid)?,
+        };
         let in_it = found.iter().filter(|found| found.space == space);
         let entries = in_it.map(|found| {
             let rcriu_deleted = deleted.get(&found.mount.id).copied();
-            MntEntry { rcriu_deleted, ..entry(found, of.ids) }
+            let rcriu_locked = locked.contains(&found.mount.id).then_some(true);
+            MntEntry { rcriu_deleted, rcriu_locked, ..entry(found, of.ids) }
         });
         let entries: Vec<MntEntry> = entries.collect();
         images.write(Kind::Mnts, of.number.into(), &entries)?;

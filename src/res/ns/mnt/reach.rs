@@ -1,7 +1,7 @@
 //! Reaches a mount of a namespace, whatever other mounts hide.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::CString,
     fs::File,
     io::{self, Read},
@@ -64,10 +64,7 @@ pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<Option<OwnedFd>> {
         if is_plain && hiding(&before, mount.id).is_none() {
             return Ok(Some(mounts::copy(&path)?));
         }
-        // Changes of this copy of the namespace reach nothing else.
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-        change_mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        enter_copy()?;
         let mut now = table.mounts()?;
         let copies = counterparts(&before, &now);
         let copy = *copies.get(&mount.id).ok_or(Errno::ENOENT)?;
@@ -87,6 +84,67 @@ pub(super) fn reach(pid: HostPid, mount: &Mount) -> Result<Option<OwnedFd>> {
     found.map_err(failed)
 }
 
+/// Returns the numbers of the mounts that the namespace of a process cannot unmount alone, since they came from a
+/// more privileged one (`mount_namespaces(7)`). A copy of the namespace tells: there, they can be unmounted as
+/// little.
+pub(super) fn locked(pid: HostPid) -> Result<HashSet<i32>> {
+    let failed = |source: io::Error| ResError::Mount {
+        point: "/".into(),
+        step: "look for locked mounts below",
+        source,
+    };
+    let table = Table::open().map_err(failed)?;
+    let found = visit::in_mounts(pid, || {
+        let before = table.mounts()?;
+        enter_copy()?;
+        let mut now = table.mounts()?;
+        let copies = counterparts(&before, &now);
+        let mut locked = HashSet::new();
+        for mount in upper_first(&before) {
+            let Some(copy) = copies.get(&mount.id) else { continue };
+            // What cannot be reached cannot be unmounted anyway.
+            if hiding(&now, *copy).is_some() {
+                continue;
+            }
+            match umount2(c_path(&mount.point)?.as_c_str(), MntFlags::MNT_DETACH) {
+                Err(Errno::EINVAL) => drop(locked.insert(mount.id)),
+                Err(errno) => return Err(errno.into()),
+                Ok(()) => now.retain(|other| other.id != *copy),
+            }
+        }
+        Ok(locked)
+    });
+    found.map_err(failed)
+}
+
+/// Returns all mounts but the root, each before the one on which it is.
+fn upper_first(mounts: &[Mount]) -> Vec<&Mount> {
+    let mut on: HashMap<i32, Vec<&Mount>> = HashMap::new();
+    for mount in mounts.iter().filter(|mount| mount.id != mount.parent) {
+        on.entry(mount.parent).or_default().push(mount);
+    }
+    let root = mounts.iter().find(|mount| is_root(mounts, mount));
+    let mut order: Vec<&Mount> = Vec::new();
+    let mut next: Vec<&Mount> = root.and_then(|root| on.remove(&root.id)).unwrap_or_default();
+    while let Some(mount) = next.pop() {
+        order.push(mount);
+        next.extend(on.remove(&mount.id).unwrap_or_default());
+    }
+    order.reverse();
+    order
+}
+
+fn is_root(mounts: &[Mount], mount: &Mount) -> bool {
+    mount.parent == mount.id || mounts.iter().all(|other| other.id != mount.parent)
+}
+
+/// Moves the calling thread to a copy of its mount namespace, whose changes reach nothing else.
+fn enter_copy() -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    change_mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+}
+
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL.into())
 }
@@ -94,9 +152,6 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Returns the mounts of a copy of a namespace, by the numbers of the originals. Mounts that show the same
 /// at the same place are as good as each other.
 fn counterparts(before: &[Mount], after: &[Mount]) -> HashMap<i32, i32> {
-    let is_root = |mounts: &[Mount], mount: &Mount| {
-        mount.parent == mount.id || mounts.iter().all(|other| other.id != mount.parent)
-    };
     let first = |mounts: &[Mount]| mounts.iter().find(|mount| is_root(mounts, mount)).cloned();
     let mut found = HashMap::new();
     let mut pending = Vec::new();
@@ -177,6 +232,15 @@ mod tests {
         let all = mounts(&["1 0 0:1 /", "2 1 0:2 /a/b", "4 2 0:4 /a/b"]);
         assert_eq!(hiding(&all, 2).as_deref(), Some(Path::new("/a/b")));
         assert_eq!(hiding(&all, 4), None);
+    }
+
+    #[test]
+    fn upper_mounts_come_before_those_on_which_they_are() {
+        let all = mounts(&["7 0 0:1 /", "2 7 0:2 /a", "1 2 0:3 /a", "9 1 0:4 /a/b", "8 7 0:5 /c"]);
+        let order: Vec<i32> = upper_first(&all).iter().map(|mount| mount.id).collect();
+        let at = |id: i32| order.iter().position(|other| *other == id).unwrap();
+        assert_eq!(order.len(), 4);
+        assert!(at(9) < at(1) && at(1) < at(2), "{order:?}");
     }
 
     #[test]

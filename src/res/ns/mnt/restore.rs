@@ -23,6 +23,7 @@ use super::{
     root_of,
 };
 use crate::{
+    causes::tell,
     res::{
         ResError, Result,
         ns::{Building, Roots, wrong},
@@ -40,6 +41,9 @@ const DEVPTS: u32 = 6;
 
 /// The highest number of a terminal that images can hold, plus one.
 const MOST_TERMINALS: i32 = 1001;
+
+/// How many mounts a warning names.
+const MOST_NAMED: usize = 20;
 
 /// The longest value that `fsconfig(2)` takes.
 const VALUE_BYTES: usize = 255;
@@ -93,9 +97,29 @@ impl Plan {
         }
         self.relate(on, &made, &wide, &outside)?;
         self.keep_for_later(made)?;
+        self.warn_of_locks();
         // Backwards, since each sets the times of its directory to what it has found.
         named.into_iter().rev().try_for_each(deleted::Named::remove)?;
         on.enter(FILE, self.home.number)
+    }
+
+    /// Warns of mounts that the tree could not unmount, and now can.
+    fn warn_of_locks(&self) {
+        let locked = self.mounts.iter().filter(|mount| mount.entry.rcriu_locked == Some(true));
+        let mut points: Vec<String> =
+            locked.map(|mount| mount.point.display().to_string()).collect();
+        if points.is_empty() {
+            return;
+        }
+        let others = points.len().saturating_sub(MOST_NAMED);
+        points.truncate(MOST_NAMED);
+        let others = if others > 0 { format!(" and {others} others") } else { String::new() };
+        let message = format!(
+            "these mounts came from a more privileged namespace and were locked \
+             (mount_namespaces(7)); the tree can now unmount them and change their flags: {}{others}",
+            points.join(", ")
+        );
+        tell(log::Level::Warn, &message);
     }
 
     /// Whether there are namespaces that the first process is not in.
