@@ -4,16 +4,21 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
 };
 
 use common::{
     Cap,
     chain::TestChain,
+    live::{engine, wait_for},
     mounted::{IMGFS, Mounted},
     require,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use rcriu::image::{ImageWriter, Kind, proto};
 
@@ -239,4 +244,85 @@ fn privileged_an_ordinary_user_can_read_all_and_others_nothing() {
     );
     let text = run(nobody().args(["sh", "-c", &read]));
     assert_eq!(text, "s3cretx\n65534 65534\n400\n");
+}
+
+/// Returns the images of file systems in memory, the largest last.
+fn packed(images: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(images).unwrap().map(|entry| entry.unwrap().path());
+    let mut found: Vec<PathBuf> = entries
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("tmpfs-dev-"))
+        .collect();
+    found.sort_by_key(|path| fs::metadata(path).unwrap().len());
+    found
+}
+
+/// Kills and reaps what is left of a tree.
+struct Tree {
+    above: Child,
+    restored: Option<i32>,
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        if let Some(pid) = self.restored {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = self.above.kill();
+        let _ = self.above.wait();
+    }
+}
+
+#[test]
+fn privileged_a_tmpfs_that_did_not_change_is_not_stored_again() {
+    require(Cap::Ptrace);
+    for program in ["unshare", "setsid", "tar"] {
+        require(Cap::Program(program));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for name in ["1", "2", "large", "small"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    let script = "cd \"$0\"; for name in large small; do mount -t tmpfs $name $name; done
+        head -c 1000000 /dev/urandom >large/file; echo 1 >small/file; cd /; exec setsid sleep 1000";
+    let mut command = Command::new("unshare");
+    command.args(["-mpf", "--kill-child", "--mount-proc", "sh", "-c", script]).arg(dir.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut tree = Tree { above: command.spawn().unwrap(), restored: None };
+    let children = format!("/proc/{0}/task/{0}/children", tree.above.id());
+    let mut first = 0;
+    wait_for("the tree", || {
+        let text = fs::read_to_string(&children).unwrap_or_default();
+        first = text.trim().parse().unwrap_or(0);
+        fs::read_to_string(format!("/proc/{first}/comm")).is_ok_and(|name| name == "sleep\n")
+    });
+    let inside = |pid: i32, name: &str| {
+        let below = path(name);
+        Path::new(&format!("/proc/{pid}/root")).join(below.strip_prefix("/").unwrap())
+    };
+    let file = fs::read(inside(first, "large/file")).unwrap();
+    let rcriu = |arguments: &[&str]| {
+        run(Command::new(engine()).args(arguments).stdin(Stdio::null()));
+    };
+    let pid = first.to_string();
+    rcriu(&["dump", "-t", &pid, "-D", show(&path("1")), "-R"]);
+    fs::write(inside(first, "small/file"), "2\n").unwrap();
+    rcriu(&["dump", "-t", &pid, "-D", show(&path("2")), "--prev-images-dir", "../1"]);
+    let (before, after) = (packed(&path("1")), packed(&path("2")));
+    let inode = |path: &PathBuf| fs::metadata(path).unwrap().ino();
+    // The machine may have others.
+    let known: Vec<u64> = before.iter().map(inode).collect();
+    let new = after.iter().filter(|path| !known.contains(&inode(path))).count();
+    assert_eq!((before.len(), new), (after.len(), 1), "{before:?} {after:?}");
+    let large = after.last().unwrap();
+    assert_eq!(Some(inode(large)), before.last().map(inode));
+    // As CRIU reads it.
+    let unpacked = Command::new("tar").args(["-xzOf", show(large), "file"]).output().unwrap();
+    assert!(unpacked.stdout == file);
+    let pid_file = path("pid");
+    rcriu(&["restore", "-d", "-D", show(&path("2")), "--pidfile", show(&pid_file)]);
+    let restored = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+    tree.restored = Some(restored);
+    assert!(fs::read(inside(restored, "large/file")).unwrap() == file);
+    assert_eq!(fs::read_to_string(inside(restored, "small/file")).unwrap(), "2\n");
 }

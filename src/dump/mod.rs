@@ -391,8 +391,12 @@ fn dump_stopped(
         let copy = || target::copy(&mut memories, 1, (images, server.as_mut()), early);
         stats.copied = stats.copying(copy)?;
     }
-    if parent.is_some() {
+    if let Some((chain, snapshot)) = parent {
         stats.untracked = collection.tracking.untracked;
+        if let Some(dir) = chain.snapshot(*snapshot).directory() {
+            let shared = images.share(Kind::TmpfsDev, dir)?;
+            log::info!("{shared} file systems in memory are as in the parent");
+        }
     }
     Ok((collection.files, collection.tracking))
 }

@@ -8,7 +8,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt,
+    os::{
+        fd::AsRawFd,
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
 };
@@ -16,10 +19,10 @@ use std::{
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{AtFlags, OFlag, open, openat, renameat},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat, renameat},
     libc,
     sys::stat::{Mode, SFlag, fstat, fstatat, mkdirat},
-    unistd::{UnlinkatFlags, geteuid, symlinkat, unlinkat},
+    unistd::{UnlinkatFlags, geteuid, linkat, symlinkat, unlinkat},
 };
 
 use super::writer::{Output, StoreWriter};
@@ -36,6 +39,12 @@ const RECEIVED: &str = ".received";
 
 /// The name of the link to the parent snapshot.
 pub const PARENT_LINK: &str = "parent";
+
+/// The name of a link to an image of the parent until it takes the place of the own one. It is no image.
+const SHARED: &str = ".shared";
+
+/// How many bytes of two images are compared at once.
+const COMPARED_BYTES: usize = 64 << 10;
 
 /// The subdirectory in which a deduplication keeps new images until they replace the old
 /// ones.
@@ -192,6 +201,24 @@ impl DirectoryWriter {
             .map_err(|source| write_error(&self.unfinished.join(name), source))
     }
 
+    /// Replaces an image by a hard link to an open file. Whether that was possible.
+    fn link_as(&self, file: &File, name: &OsStr) -> io::Result<bool> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let flags = AtFlags::AT_SYMLINK_FOLLOW;
+        match linkat(AT_FDCWD, path.as_str(), &self.opened_unfinished, SHARED, flags) {
+            Ok(()) => {}
+            // On another file system, or one without links, or with too many of them; or deleted meanwhile.
+            Err(
+                Errno::EXDEV | Errno::EPERM | Errno::EOPNOTSUPP | Errno::EMLINK | Errno::ENOENT,
+            ) => {
+                return Ok(false);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        renameat(&self.opened_unfinished, SHARED, &self.opened_unfinished, name)?;
+        Ok(true)
+    }
+
     fn publish(&self, name: &OsStr) -> Result<()> {
         renameat(&self.opened_unfinished, name, &self.opened_dir, name)
             .map_err(|errno| write_error(&self.dir.join(name), errno.into()))
@@ -245,6 +272,44 @@ impl StoreWriter for DirectoryWriter {
         Ok(symlinkat(parent, &self.opened_unfinished, PARENT_LINK)?)
     }
 
+    /// By hard links. Images are never changed in place, except those of pages.
+    fn share(&self, kind: Kind, parent: &Path) -> io::Result<usize> {
+        let is_of_kind = |name: &OsString| {
+            let found = name.to_str().and_then(desc::by_file_name);
+            found.is_some_and(|(desc, _)| desc.kind == kind)
+        };
+        let listed = |names: Result<Vec<OsString>>| names.map_err(io::Error::other);
+        let opened = File::open(parent)?;
+        let mut others = Vec::new();
+        for name in listed(names_in(&opened, parent))?.iter().filter(|name| is_of_kind(name)) {
+            // What is no file of this user, or a link to one, may change.
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            let Ok(file) = openat(&opened, name.as_os_str(), flags, Mode::empty()) else {
+                continue;
+            };
+            let stat = fstat(&file)?;
+            let is_file = SFlag::from_bits_truncate(stat.st_mode & libc::S_IFMT) == SFlag::S_IFREG;
+            if is_file && stat.st_uid == geteuid().as_raw() {
+                others.push((File::from(file), stat.st_size));
+            }
+        }
+        let mut shared = 0;
+        let own = listed(names_in(&self.opened_unfinished, &self.unfinished))?;
+        for name in own.iter().filter(|name| is_of_kind(name)) {
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let file = openat(&self.opened_unfinished, name.as_os_str(), flags, Mode::empty())?;
+            let file = File::from(file);
+            let bytes = fstat(&file)?.st_size;
+            for (other, _) in others.iter().filter(|(_, size)| *size == bytes) {
+                if are_same(&file, other)? && self.link_as(other, name)? {
+                    shared += 1;
+                    break;
+                }
+            }
+        }
+        Ok(shared)
+    }
+
     fn sync(&self, begin: &dyn Fn(&File)) -> Result<()> {
         sync_opened(&self.opened_unfinished, &self.unfinished, begin)
     }
@@ -281,6 +346,26 @@ pub fn leftover(dir: &Path, pages: bool) -> Result<Option<OsString>> {
         let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
         kind.is_some_and(|kind| kind == Kind::Inventory || pages && is_of_pages(kind))
     }))
+}
+
+/// Whether two files have the same bytes.
+fn are_same(one: &File, other: &File) -> io::Result<bool> {
+    let (mut of_one, mut of_other) = (vec![0; COMPARED_BYTES], vec![0; COMPARED_BYTES]);
+    let mut offset = 0;
+    loop {
+        let bytes = one.read_at(&mut of_one, offset)?;
+        if bytes == 0 {
+            return Ok(other.read_at(&mut of_other, offset)? == 0);
+        }
+        match other.read_exact_at(&mut of_other[..bytes], offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            read => read?,
+        }
+        if of_one[..bytes] != of_other[..bytes] {
+            return Ok(false);
+        }
+        offset += bytes as u64;
+    }
 }
 
 /// Returns the names in a directory, sorted.
@@ -350,6 +435,8 @@ pub(crate) fn write_error(path: &Path, source: io::Error) -> ImageError {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::image::{SnapshotWriter, proto, read_one};
 
@@ -389,5 +476,44 @@ mod tests {
         let third = SnapshotWriter::begin(dir.path()).unwrap();
         third.commit(&inventory(3)).unwrap();
         assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
+    }
+
+    #[test]
+    fn images_that_the_parent_has_take_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let dump = |name: &str, parent: Option<&Path>, texts: &[(u64, &str)]| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            let images = SnapshotWriter::begin(&path).unwrap();
+            for (number, text) in texts {
+                let mut image = images.create(Kind::TmpfsDev, *number).unwrap();
+                image.raw(text.as_bytes()).unwrap();
+                image.finish().unwrap();
+            }
+            let shared = parent.map(|parent| images.share(Kind::TmpfsDev, parent).unwrap());
+            images.commit(&inventory(1)).unwrap();
+            (path, shared)
+        };
+        let (first, _) = dump("1", None, &[(1, "same"), (2, "old!"), (3, "moved"), (4, "gone")]);
+        let wanted = [(1, "same"), (2, "new!"), (5, "moved"), (6, "longer")];
+        let (second, shared) = dump("2", Some(&first), &wanted);
+        assert_eq!(shared, Some(2));
+        let image = |dir: &Path, number: u64| dir.join(Kind::TmpfsDev.file_name(number));
+        let inode = |path: PathBuf| fs::metadata(path).unwrap().ino();
+        assert_eq!(inode(image(&second, 1)), inode(image(&first, 1)));
+        assert_eq!(inode(image(&second, 5)), inode(image(&first, 3)));
+        for (number, text) in wanted {
+            assert_eq!(fs::read_to_string(image(&second, number)).unwrap(), text);
+        }
+        assert_eq!(fs::read_to_string(image(&first, 2)).unwrap(), "old!");
+        assert!(!names(&second).unwrap().iter().any(|name| name == SHARED));
+        // A link to a file that is no image of ours.
+        fs::remove_file(image(&first, 1)).unwrap();
+        fs::write(dir.path().join("else"), "same").unwrap();
+        std::os::unix::fs::symlink("../else", image(&first, 1)).unwrap();
+        let (third, _) = dump("3", Some(&first), &[(1, "same")]);
+        fs::write(dir.path().join("else"), "else").unwrap();
+        let text = fs::read_to_string(image(&third, 1)).unwrap();
+        assert_eq!(text, "same");
     }
 }

@@ -32,6 +32,15 @@ pub trait StoreWriter: fmt::Debug + Send + Sync {
     /// The cause.
     fn link_parent(&self, parent: &Path) -> io::Result<()>;
 
+    /// Has images of a kind that are the same as images of the same kind in the directory of the parent, byte
+    /// for byte, take no room of their own. Returns how many; a store that cannot share keeps its own.
+    ///
+    /// # Errors
+    /// The cause.
+    fn share(&self, _kind: Kind, _parent: &Path) -> io::Result<usize> {
+        Ok(0)
+    }
+
     /// Makes everything that was written durable. Calls `begin` for all files of the file
     /// system before it waits for the first, so that `begin` can start write-back and the
     /// file system can commit the files together.
@@ -150,6 +159,15 @@ impl SnapshotWriter {
     pub fn link_parent(&self, parent: &Path) -> Result<()> {
         let link = || self.store.name().join(super::PARENT_LINK);
         self.store.link_parent(parent).map_err(|source| write_error(&link(), source))
+    }
+
+    /// Has images of a kind that the parent has, too, take no room of their own, see [`StoreWriter::share`].
+    ///
+    /// # Errors
+    /// [`ImageError::Write`](crate::image::ImageError::Write).
+    pub fn share(&self, kind: Kind, parent: &Path) -> Result<usize> {
+        let shared = self.store.share(kind, parent);
+        shared.map_err(|source| write_error(self.store.name(), source))
     }
 
     /// Makes everything that was written durable, see [`StoreWriter::sync`].
