@@ -348,6 +348,12 @@
 //! sessions and groups whose leaders have ended; they end before the tree goes on. Until the
 //! last step, the end of rcriu ends all new processes (`PTRACE_O_EXITKILL`).
 //!
+//! With `--lazy`, the restore leaves out the pages of private memory without a file. It registers
+//! that memory with a userfaultfd of each process when all processes are made, before any system
+//! call of a later step may touch it: such a call would otherwise find a page of zeros, which
+//! then stays. From there on a pager supplies the pages ([`crate::lazy`]). A process does not keep
+//! memory of its parent that waits in the images, since an inherited page would hide its own.
+//!
 //! State that processes share (`clone(2)`: memory, descriptors, directories, signal handlers)
 //! has the same number in their images (`ids-PID.img`), and [`crate::image::tree::Arenas`] finds
 //! the first process that has it. A dump asks that process; a restore sets the state in that

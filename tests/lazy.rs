@@ -7,6 +7,7 @@ mod common;
 
 use std::{
     fs,
+    io::BufReader,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -16,7 +17,8 @@ use common::{
     Cap,
     live::{Live, bounded, engine, wait_for},
     mounted::Mounted,
-    require,
+    net::connect,
+    redis, require,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -153,6 +155,31 @@ fn privileged_mappings_are_as_they_were_in_the_end() {
         lazy.await_complete();
         lazy.live.verdict();
     }
+}
+
+/// A server answers while its memory is missing, forks, and has all of it in the end.
+#[test]
+fn privileged_redis() {
+    require(Cap::Ptrace);
+    require(Cap::Program("redis-server"));
+    let (mut live, port) = redis::populated(100_000);
+    let before = redis::digest(port);
+    redis::wait_idle(&live);
+    live.dump(&[]);
+    let mut lazy = Lazy { live };
+    lazy.restore_held(&[]);
+    let mut client = BufReader::new(connect(port));
+    assert!(redis::redis(&mut client, &["GET", "key:4711"]).starts_with("value:4711"));
+    assert!(redis::redis(&mut client, &["BGSAVE"]).contains("started"));
+    assert_eq!(redis::digest(port), before);
+    lazy.let_go();
+    lazy.await_complete();
+    wait_for("the child's snapshot", || {
+        redis::redis(&mut client, &["INFO", "persistence"]).contains("rdb_bgsave_in_progress:0")
+    });
+    let said = redis::redis(&mut client, &["INFO", "persistence"]);
+    assert!(said.contains("rdb_last_bgsave_status:ok"), "{said}");
+    assert_eq!(redis::digest(port), before);
 }
 
 /// Waits until the tree has ended, and returns the log of its pager.

@@ -18,6 +18,7 @@ use common::{
     Cap,
     live::{Live, directory, wait_for},
     net::{connect, port},
+    redis::{open_sockets, redis},
     require,
 };
 use nix::sys::signal::{Signal, kill};
@@ -192,25 +193,6 @@ fn privileged_four_gib() {
     live.verdict();
 }
 
-/// Sends a command to redis and returns its answer: a line, or a string.
-fn redis(stream: &mut BufReader<TcpStream>, words: &[&str]) -> String {
-    let mut text = format!("*{}\r\n", words.len());
-    for word in words {
-        text += &format!("${}\r\n{word}\r\n", word.len());
-    }
-    stream.get_mut().write_all(text.as_bytes()).unwrap();
-    let mut line = String::new();
-    stream.read_line(&mut line).unwrap();
-    let Some(length) = line.strip_prefix('$') else {
-        return line.trim_start_matches('+').trim_end().to_owned();
-    };
-    let Ok(length) = length.trim_end().parse::<usize>() else { return "(nil)".to_owned() };
-    let mut data = vec![0; length + 2];
-    stream.read_exact(&mut data).unwrap();
-    data.truncate(length);
-    String::from_utf8(data).unwrap()
-}
-
 fn redis_value(number: usize) -> String {
     format!("value {number} ").repeat(number % 50 + 1)
 }
@@ -310,15 +292,6 @@ fn privileged_redis_with_clients() {
     assert_eq!(redis(&mut other, &["RPUSH", "queue", "work"]), ":1");
     assert!(lines(&mut waiter, 5).ends_with("work\r\n"));
     assert_eq!(redis(&mut other, &["DBSIZE"]), ":2");
-}
-
-/// Sockets a process has open.
-fn open_sockets(pid: i32) -> usize {
-    let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-    links
-        .filter_map(|link| fs::read_link(link.path()).ok())
-        .filter(|link| link.to_string_lossy().starts_with("socket:"))
-        .count()
 }
 
 fn http_get(port: u16, path: &str) -> String {

@@ -34,7 +34,7 @@ use super::{
     client::Arguments,
     rendezvous,
     space::{Heard, Space, Supplied},
-    wire::{self, Message},
+    wire::{self, Order},
 };
 use crate::{
     causes::with_sources,
@@ -110,16 +110,16 @@ fn receive(socket: &OwnedFd) -> Result<Option<Vec<Handed>>> {
     loop {
         match wire::receive(socket).map_err(LazyError::pager("receive the processes"))? {
             None => return Ok(None),
-            Some(Message::Process(id, pid, fd)) => {
+            Some(Order::Process(id, pid, fd)) => {
                 let fd = MissingPages::resume(fd);
                 processes.push(Handed { id, pid, fd, ranges: Vec::new() });
             }
-            Some(Message::Ranges(ranges)) => {
+            Some(Order::Ranges(ranges)) => {
                 let Some(last) = processes.last_mut() else { continue };
                 last.ranges.extend(ranges);
             }
-            Some(Message::Begin) => return Ok(Some(processes)),
-            Some(Message::Released) => {}
+            Some(Order::Begin) => return Ok(Some(processes)),
+            Some(Order::Released) => {}
         }
     }
 }
@@ -155,15 +155,15 @@ fn work(
     processes: Vec<Handed>,
     names: Vec<UnixListener>,
 ) -> ExitCode {
-    let begun = Pager::begin(arguments, processes, names);
+    let begun = Worker::begin(arguments, processes, names);
     let answer = begun.as_ref().map_or_else(|error| with_sources(error), |_| wire::READY.into());
     if let Err(error) = wire::send_answer(socket.as_fd(), &answer) {
         log::error!("answer the restore: {error}");
         return ExitCode::FAILURE;
     }
-    let Ok((pager, handle)) = begun else { return ExitCode::FAILURE };
+    let Ok((worker, handle)) = begun else { return ExitCode::FAILURE };
     let handle = Mutex::new(handle);
-    match pager.serve(socket, &handle) {
+    match worker.serve(socket, &handle) {
         Ok(()) => {
             let handle = handle.into_inner().unwrap_or_else(PoisonError::into_inner);
             handle.disarm();
@@ -182,7 +182,7 @@ fn work(
 
 /// The process that works.
 #[derive(Debug)]
-struct Pager {
+struct Worker {
     spaces: RwLock<Vec<Arc<Space>>>,
     /// What made a thread give up.
     failure: Mutex<Option<LazyError>>,
@@ -201,7 +201,7 @@ struct Fault {
     address: u64,
 }
 
-impl Pager {
+impl Worker {
     fn begin(
         arguments: &Arguments,
         processes: Vec<Handed>,
@@ -234,7 +234,7 @@ impl Pager {
         }
         let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let done = pipe2(flags).map_err(LazyError::pager("make a pipe"))?;
-        let pager = Self {
+        let worker = Self {
             spaces: RwLock::new(spaces),
             failure: Mutex::new(None),
             is_done: AtomicBool::new(false),
@@ -242,7 +242,7 @@ impl Pager {
             _locks: locks,
             names: Mutex::new(names),
         };
-        Ok((pager, handle))
+        Ok((worker, handle))
     }
 
     /// Serves until all pages are there.
@@ -268,7 +268,7 @@ impl Pager {
                     let message = socket.as_ref().map(wire::receive).transpose();
                     socket = None;
                     match message.ok().flatten().flatten() {
-                        Some(Message::Released) => {
+                        Some(Order::Released) => {
                             for _ in 0..parallel::processors_for(usize::MAX) {
                                 if parallel::spawn(scope, || self.read_ahead()).is_none() {
                                     break;

@@ -1,8 +1,8 @@
 //! What a restore and its pager tell each other, over a pair of sockets (`SOCK_SEQPACKET`).
 //!
 //! The restore names each process, with descriptors, and the ranges of its pages; then it says
-//! [`Message::Begin`], and the pager answers [`READY`] or why it cannot. When the tree runs, the restore
-//! says [`Message::Released`]. Only then the pager reads pages that no thread waits for.
+//! [`Order::Begin`], and the pager answers [`READY`] or why it cannot. When the tree runs, the restore
+//! says [`Order::Released`]. Only then the pager reads pages that no thread waits for.
 
 use std::{
     io::{self, IoSlice},
@@ -24,9 +24,9 @@ const MESSAGE_BYTES: usize = 16 << 10;
 /// How many ranges a message holds.
 const RANGES: usize = 1000;
 
-/// A message of the restore.
+/// What the restore says.
 #[derive(Debug)]
-pub(super) enum Message {
+pub(super) enum Order {
     /// A process: its number in the images, its pid here, and its userfaultfd.
     Process(u64, HostPid, OwnedFd),
     /// Ranges of pages of the process before.
@@ -56,7 +56,7 @@ const RELEASED: u8 = b'l';
 
 fn send(socket: BorrowedFd, kind: u8, data: &[u8], fd: Option<BorrowedFd>) -> io::Result<()> {
     let numbers: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&numbers)];
+    let rights = [ControlOrder::ScmRights(&numbers)];
     let rights: &[ControlMessage] = if fd.is_none() { &[] } else { &rights };
     let bytes = [IoSlice::new(std::slice::from_ref(&kind)), IoSlice::new(data)];
     sendmsg::<()>(socket.as_raw_fd(), &bytes, rights, MsgFlags::MSG_NOSIGNAL, None)?;
@@ -105,7 +105,7 @@ pub(super) fn receive_answer(socket: BorrowedFd) -> io::Result<String> {
 }
 
 /// Receives a message; `None` at the end of the connection.
-pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<Message>> {
+pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<Order>> {
     let mut bytes = vec![0; 1 + RANGES * size_of::<RangeWords>()];
     let received = socket::receive(socket.as_fd(), &mut bytes, MsgFlags::empty())?;
     let Some((kind, data)) = bytes[..received.len].split_first() else { return Ok(None) };
@@ -115,15 +115,15 @@ pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<Message>> {
             let words = ProcessWords::read_from_bytes(data).map_err(|_| invalid())?;
             let pid = HostPid(i32::try_from(words.pid.get()).map_err(|_| invalid())?);
             let fd = received.fds.into_iter().next().ok_or_else(invalid)?;
-            Message::Process(words.id.get(), pid, fd)
+            Order::Process(words.id.get(), pid, fd)
         }
         SOME_RANGES => {
             let words = <[RangeWords]>::ref_from_bytes(data).map_err(|_| invalid())?;
             let ranges = words.iter().map(|range| range.start.get()..range.end.get());
-            Message::Ranges(ranges.collect())
+            Order::Ranges(ranges.collect())
         }
-        BEGIN => Message::Begin,
-        RELEASED => Message::Released,
+        BEGIN => Order::Begin,
+        RELEASED => Order::Released,
         _ => return Err(invalid()),
     }))
 }
@@ -144,19 +144,19 @@ mod tests {
         send_process(ours.as_fd(), (7, HostPid(4711)), null.as_fd(), &ranges).unwrap();
         send_begin(ours.as_fd()).unwrap();
         send_released(ours.as_fd()).unwrap();
-        let Some(Message::Process(7, HostPid(4711), _)) = receive(&theirs).unwrap() else {
+        let Some(Order::Process(7, HostPid(4711), _)) = receive(&theirs).unwrap() else {
             panic!("no process");
         };
         let mut received = Vec::new();
-        while let Some(Message::Ranges(some)) = receive(&theirs).unwrap() {
+        while let Some(Order::Ranges(some)) = receive(&theirs).unwrap() {
             received.extend(some);
             if received.len() == ranges.len() {
                 break;
             }
         }
         assert_eq!(received, ranges);
-        assert!(matches!(receive(&theirs).unwrap(), Some(Message::Begin)));
-        assert!(matches!(receive(&theirs).unwrap(), Some(Message::Released)));
+        assert!(matches!(receive(&theirs).unwrap(), Some(Order::Begin)));
+        assert!(matches!(receive(&theirs).unwrap(), Some(Order::Released)));
         send_answer(theirs.as_fd(), READY).unwrap();
         assert_eq!(receive_answer(ours.as_fd()).unwrap(), READY);
         drop(ours);

@@ -14,6 +14,7 @@ pub mod net;
 pub mod page_server;
 pub mod peak;
 pub mod recorder;
+pub mod redis;
 pub mod same;
 mod skip;
 pub mod swap;
