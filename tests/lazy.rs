@@ -157,6 +157,32 @@ fn privileged_mappings_are_as_they_were_in_the_end() {
     }
 }
 
+/// What one restore has touched, the next supplies first.
+#[test]
+fn privileged_what_was_touched_comes_first() {
+    let record = ["--record", "touched"];
+    let mut lazy = Lazy::dumped("on_demand_moved", &[]);
+    lazy.restore_held(&record);
+    lazy.live.verdict();
+    lazy.let_go();
+    lazy.await_complete();
+    let path = lazy.live.images().join("touched");
+    let touched = fs::read_to_string(&path).unwrap();
+    let count = touched.lines().count() - 1;
+    assert!(count > 16 && touched.starts_with("rcriu-record 1\n"), "{touched}");
+    // The state has ended, but its images are still there.
+    lazy.live.wait_gone();
+    fs::remove_file(lazy.live.path("status.go")).unwrap();
+    fs::write(lazy.live.path("status"), "ready\n").unwrap();
+    lazy.restore_held(&record);
+    assert!(lazy.log().contains(&format!("{count} parts are supplied first")), "{}", lazy.log());
+    lazy.live.verdict();
+    lazy.let_go();
+    lazy.await_complete();
+    let again = fs::read_to_string(&path).unwrap();
+    assert!(again.starts_with(&touched), "{again}");
+}
+
 /// A server answers while its memory is missing, forks, and has all of it in the end.
 #[test]
 fn privileged_redis() {

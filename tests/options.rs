@@ -139,6 +139,7 @@ const ROWS: &[Row] = &[
             ("tracker", restored_tracker),
             ("auto-dedup", restored_auto_dedup),
             ("lazy", restored_lazy),
+            ("record", restored_record),
             ("ext-unix-sk", ext_unix_sk),
             ("tcp-established", tcp_established),
             ("tcp-close", tcp_close),
@@ -1552,6 +1553,18 @@ fn restored_auto_dedup(_: &str) {
     let before = sum();
     fine(run.restore(&["--auto-dedup"]));
     assert!(sum() < before / 2, "{before} {}", sum());
+}
+
+fn restored_record(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--lazy", "--record", "touched"]));
+    let record = run.images().join("touched");
+    wait_for("the record", || {
+        fs::read_to_string(&record).is_ok_and(|text| text.starts_with("rcriu-record 1\n"))
+    });
+    let said = said(&run.restore(&["--record", "touched"]));
+    assert!(said.contains("--record needs --lazy"), "{said}");
 }
 
 fn restored_lazy(_: &str) {

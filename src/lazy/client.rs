@@ -36,6 +36,16 @@ pub struct Log {
     pub level: LevelFilter,
 }
 
+/// How memory is restored on demand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Where the pager logs.
+    pub log: Log,
+    /// The file that names the pages to supply first, and to which the pager adds those that the tree
+    /// touches (`--record`).
+    pub record: Option<PathBuf>,
+}
+
 /// A process whose pages wait.
 #[derive(Debug)]
 pub struct Handed {
@@ -61,11 +71,17 @@ impl Pager {
     ///
     /// # Errors
     /// [`LazyError::Refused`], [`LazyError::Pager`].
-    pub fn start(dir: &Path, lock: bool, log: &Log, processes: &[Handed]) -> Result<Self> {
+    pub fn start(
+        (dir, lock): (&Path, bool),
+        Options { log, record }: &Options,
+        processes: &[Handed],
+    ) -> Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map_err(LazyError::pager("make sockets"))?;
         let file = log.file.as_deref().map_or(Path::new(STANDARD_ERROR), |file| file);
+        let record = record.as_ref().map(std::path::absolute).transpose();
+        let record = record.map_err(LazyError::pager("find the file of --record"))?;
         let stderr = if log.file.is_some() { Stdio::null() } else { Stdio::inherit() };
         Command::new(OWN_PROGRAM)
             .arg0(NAME)
@@ -73,6 +89,7 @@ impl Pager {
             .arg(if lock { LOCK } else { NO_LOCK })
             .arg(file)
             .arg(log.level.as_str())
+            .args(record)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(stderr)
@@ -130,14 +147,16 @@ pub(super) struct Arguments {
     pub(super) dir: PathBuf,
     pub(super) lock: bool,
     pub(super) log: Log,
+    pub(super) record: Option<PathBuf>,
 }
 
 impl Arguments {
     /// Reads what [`Pager::start`] wrote.
     pub(super) fn of(arguments: &[OsString]) -> Option<Self> {
-        let [dir, lock, file, level] = arguments else { return None };
+        let [dir, lock, file, level, record @ ..] = arguments else { return None };
         let file = Some(PathBuf::from(file)).filter(|file| *file != Path::new(STANDARD_ERROR));
         let log = Log { file, level: level.to_str()?.parse().ok()? };
-        Some(Self { dir: dir.into(), lock: lock == LOCK, log })
+        let record = record.first().map(PathBuf::from);
+        Some(Self { dir: dir.into(), lock: lock == LOCK, log, record })
     }
 }

@@ -27,6 +27,8 @@
 mod client;
 mod error;
 pub mod pager;
+mod record;
+mod recorder;
 mod rendezvous;
 mod space;
 mod waiting;
@@ -34,7 +36,7 @@ mod wire;
 
 use nix::libc;
 
-pub use client::{Handed, Log, Pager};
+pub use client::{Handed, Log, Options, Pager};
 pub use error::{LazyError, Result};
 pub use rendezvous::await_pagers;
 

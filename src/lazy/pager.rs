@@ -32,6 +32,8 @@ use nix::{
 use super::{
     Handed, LazyError, Log, Result,
     client::Arguments,
+    record::Touched,
+    recorder::Recorder,
     rendezvous,
     space::{Heard, Space, Supplied},
     wire::{self, Order},
@@ -190,6 +192,8 @@ struct Worker {
     is_done: AtomicBool,
     /// Tells the thread that serves of that.
     done: (OwnedFd, OwnedFd),
+    /// What is recorded, if it is.
+    recorder: Option<Recorder>,
     _locks: DirectoryLocks,
     names: Mutex<Vec<UnixListener>>,
 }
@@ -230,7 +234,7 @@ impl Worker {
             handle.arm(pid).map_err(|source| LazyError::Arm { pid, source })?;
             let memory = memory_of(&chain, snapshot, id).map_err(failed)?;
             let memory = memory.ok_or_else(|| LazyError::NoMemory { path: dir.clone(), id })?;
-            spaces.push(Arc::new(Space::new(pid, fd, memory, &ranges)));
+            spaces.push(Arc::new(Space::new((pid, id), fd, memory, &ranges)));
         }
         let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let done = pipe2(flags).map_err(LazyError::pager("make a pipe"))?;
@@ -239,6 +243,7 @@ impl Worker {
             failure: Mutex::new(None),
             is_done: AtomicBool::new(false),
             done,
+            recorder: arguments.record.as_deref().map(Recorder::open),
             _locks: locks,
             names: Mutex::new(names),
         };
@@ -309,6 +314,9 @@ impl Worker {
         if let Some(error) = parallel::lock(&self.failure).take() {
             return Err(error);
         }
+        if is_complete && let Some(recorder) = &self.recorder {
+            recorder.save();
+        }
         log::info!(
             "{}",
             if is_complete { "all memory is there" } else { "the restore has failed" }
@@ -360,7 +368,11 @@ impl Worker {
                 continue;
             }
             log::trace!("{}: waits at {:#x}", fault.space.pid, fault.address);
-            if fault.space.serve(fault.address, buffer)? == Supplied::Later {
+            let (supplied, origin) = fault.space.serve(fault.address, buffer)?;
+            if let (Some(recorder), Some(range)) = (&self.recorder, origin) {
+                recorder.note(Touched { id: fault.space.id, range });
+            }
+            if supplied == Supplied::Later {
                 again.push(fault);
             }
         }
@@ -404,6 +416,11 @@ impl Worker {
 
     fn try_read_ahead(&self) -> Result<()> {
         let mut buffer = Vec::new();
+        while let Some(Touched { id, range }) = self.recorder.as_ref().and_then(Recorder::next) {
+            if let Some(space) = self.spaces().iter().find(|space| space.id == id) {
+                space.supply_early(&range, &mut buffer)?;
+            }
+        }
         while !self.is_done.load(Ordering::Acquire) {
             let spaces = self.spaces();
             let mut is_complete = true;

@@ -37,6 +37,8 @@ const AHEAD_BYTES: u64 = 256 << 10;
 pub(super) struct Space {
     /// The process that this memory, or that of its ancestors, was restored for.
     pub(super) pid: HostPid,
+    /// Its number in the images.
+    pub(super) id: u64,
     fd: MissingPages,
     memory: Arc<MemoryBytes>,
     waiting: RwLock<Waiting>,
@@ -67,7 +69,7 @@ pub(super) struct Heard {
 
 impl Space {
     pub(super) fn new(
-        pid: HostPid,
+        (pid, id): (HostPid, u64),
         fd: MissingPages,
         memory: Arc<MemoryBytes>,
         ranges: &[Range<u64>],
@@ -81,7 +83,7 @@ impl Space {
             }
         }
         let is_gone = AtomicBool::new(false);
-        Self { pid, fd, memory, waiting: RwLock::new(waiting), next: Mutex::new(0), is_gone }
+        Self { pid, id, fd, memory, waiting: RwLock::new(waiting), next: Mutex::new(0), is_gone }
     }
 
     /// Returns the descriptor, to wait for messages.
@@ -129,6 +131,7 @@ impl Space {
                     Message::Fault(address) => heard.faults.push(page(address).start),
                     Message::Forked(fd) => heard.children.push(Self {
                         pid: self.pid,
+                        id: self.id,
                         fd,
                         memory: Arc::clone(&self.memory),
                         waiting: RwLock::new(waiting.clone()),
@@ -144,13 +147,33 @@ impl Space {
         }
     }
 
-    /// Supplies a page that a thread waits for, and pages around it.
-    pub(super) fn serve(&self, address: u64, buffer: &mut Vec<u8>) -> Result<Supplied> {
+    /// Supplies a page that a thread waits for, and pages around it. Returns which these are in the
+    /// images, if they are there.
+    pub(super) fn serve(
+        &self,
+        address: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(Supplied, Option<Range<u64>>)> {
         let part = self.read().around(address, AROUND_BYTES);
-        let Some(part) = part else { return self.serve_zeros(address) };
+        let Some(part) = part else { return Ok((self.serve_zeros(address)?, None)) };
         *parallel::lock(&self.next) = part.range.end;
         self.read_part(&part, buffer)?;
-        self.supply(&part, buffer)
+        let origin = part.origin..part.origin + (part.range.end - part.range.start);
+        Ok((self.supply(&part, buffer)?, Some(origin)))
+    }
+
+    /// Supplies what waits in a range, if the process has not moved it.
+    pub(super) fn supply_early(&self, range: &Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {
+        let mut next = range.start;
+        while next < range.end {
+            let part = self.read().next(next, AHEAD_BYTES.min(range.end - next));
+            let Some(part) = part.filter(|part| part.range.start < range.end) else { break };
+            next = part.range.end;
+            self.read_part(&part, buffer)?;
+            // What fails now comes later.
+            let _ = self.supply(&part, buffer)?;
+        }
+        Ok(())
     }
 
     /// Supplies pages that no thread waits for. `None` if none is left, else whether pages were

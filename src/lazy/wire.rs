@@ -56,7 +56,7 @@ const RELEASED: u8 = b'l';
 
 fn send(socket: BorrowedFd, kind: u8, data: &[u8], fd: Option<BorrowedFd>) -> io::Result<()> {
     let numbers: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlOrder::ScmRights(&numbers)];
+    let rights = [ControlMessage::ScmRights(&numbers)];
     let rights: &[ControlMessage] = if fd.is_none() { &[] } else { &rights };
     let bytes = [IoSlice::new(std::slice::from_ref(&kind)), IoSlice::new(data)];
     sendmsg::<()>(socket.as_raw_fd(), &bytes, rights, MsgFlags::MSG_NOSIGNAL, None)?;

@@ -9,7 +9,7 @@ use crate::{
     causes::tell,
     image::{MemoryId, tree::Arena},
     inject,
-    lazy::{Handed, Log, Pager},
+    lazy::{Handed, Log, Options, Pager},
     sys::{
         missing::{MAKE_FLAGS, MissingPages},
         output::{self, Existing},
@@ -22,7 +22,7 @@ use crate::{
 /// # Errors
 /// [`RestoreError::Userfault`], [`RestoreError::Lazy`].
 pub(super) fn begin(
-    log: &Log,
+    options: &Options,
     (images, lock): (&Path, bool),
     plan: &Plan,
     puppets: &mut Puppets<'_>,
@@ -62,7 +62,8 @@ pub(super) fn begin(
     if processes.is_empty() {
         return Ok(None);
     }
-    let pager = Pager::start(images, lock, &usable(log), &processes)?;
+    let options = Options { log: usable(&options.log), record: options.record.clone() };
+    let pager = Pager::start((images, lock), &options, &processes)?;
     Ok(Some(pager))
 }
 

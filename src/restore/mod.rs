@@ -31,7 +31,7 @@ use crate::{
     arch,
     causes::{tell, with_sources},
     fault::{self, Point},
-    lazy::{Log, Pager},
+    lazy::{Options as LazyOptions, Pager},
     parallel, proc,
     res::{calls::OfRestorer, file::RestoreOptions},
     step::StepError,
@@ -128,7 +128,7 @@ pub fn run(options: &Options) -> Result<HostPid> {
     };
     // If the restore fails, this program reaps what is left.
     subreaper(true)?;
-    let lazy = lazy.as_ref().map(|log| (log, (place.0.as_path(), place.1)));
+    let lazy = lazy.as_ref().map(|lazy| (lazy, (place.0.as_path(), place.1)));
     let groups = Groups { relations: *relations, release, files, lazy, track: *track };
     let restored = restore(groups, &actions, &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
@@ -174,8 +174,8 @@ struct Groups<'a> {
     relations: Relations,
     release: &'a Release,
     files: &'a RestoreOptions,
-    /// The log of the pager; the directory that it reads, and whether it locks that.
-    lazy: Option<(&'a Log, (&'a Path, bool))>,
+    /// How memory is restored on demand; the directory that the pager reads, and whether it locks that.
+    lazy: Option<(&'a LazyOptions, (&'a Path, bool))>,
     track: track::Options,
 }
 
@@ -235,7 +235,7 @@ fn restore(
         puppets.make(&workshop)?;
         stats.forked(puppets.filled);
         let pager = match lazy {
-            Some((log, place)) => lazy::begin(log, place, plan, &mut puppets)?,
+            Some((options, place)) => lazy::begin(options, place, plan, &mut puppets)?,
             None => None,
         };
         let root = plan.host(plan.tasks[0].pid);

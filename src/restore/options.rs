@@ -23,8 +23,8 @@ pub struct Options {
     pub(crate) common: tree::RestoreOptions,
     pub(crate) namespaces: ns::Options,
     pub(crate) files: file::RestoreOptions,
-    /// Restore memory on demand, with a pager that logs there (`--lazy`).
-    pub(crate) lazy: Option<lazy::Log>,
+    /// Restore memory on demand (`--lazy`).
+    pub(crate) lazy: Option<lazy::Options>,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,
     pub(crate) stats: stats::Options,

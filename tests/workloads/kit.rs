@@ -432,7 +432,7 @@ impl Area {
 }
 
 /// A word that is recognisable by its place and seed.
-fn pattern(seed: u64, word: usize) -> u64 {
+pub fn pattern(seed: u64, word: usize) -> u64 {
     (seed << 40 ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
 }
 

@@ -87,6 +87,8 @@ pub(super) enum UsageError {
          help: free them afterwards, with `rcriu dedup` or by removing the images"
     )]
     LazyFreeing,
+    #[error("--record needs --lazy")]
+    RecordNotLazy,
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
     #[error("no page server given\nhelp: use --address ADDRESS and --port PORT, or --ps-socket FD")]
@@ -353,6 +355,9 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     if args.tree.restore_sibling && !args.tree.restore_detached {
         return Err(UsageError::SiblingNotDetached);
     }
+    if args.memory.record.is_some() && !args.memory.lazy {
+        return Err(UsageError::RecordNotLazy);
+    }
     if args.memory.lazy && args.memory.auto_dedup.is_some() {
         return Err(UsageError::LazyFreeing);
     }
@@ -361,8 +366,9 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     // A pager of a detached tree must not keep the caller's streams open.
     let is_watched = !args.tree.restore_detached && !args.tree.exec_cmd;
     let pager_log = (!is_watched).then(|| work_dir(&args.images).join(PAGER_LOG));
-    let lazy =
-        args.memory.lazy.then(|| lazy::Log { file: pager_log, level: log::level(verbosity(args)) });
+    let pager_log = lazy::Log { file: pager_log, level: log::level(verbosity(args)) };
+    let record = args.memory.record.as_ref().map(|file| work_dir(&args.images).join(file));
+    let lazy = args.memory.lazy.then_some(lazy::Options { log: pager_log, record });
     Ok(restore::Options {
         store: restore::Store {
             images_dir: args.images.images_dir.clone(),

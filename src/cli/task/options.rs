@@ -150,6 +150,11 @@ pub(super) struct MemoryArgs {
     /// before, it ends the tree.
     #[arg(long)]
     pub lazy: bool,
+    /// Supply the memory first that FILE names, and add to FILE what the tree touches
+    ///
+    /// The file is made if it does not exist. For --lazy; relative to --work-dir.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Restore memory on demand, from a lazy-pages server
     #[arg(long)]
     pub lazy_pages: bool,

@@ -102,6 +102,7 @@ pub(super) const ROWS: &[Row] = &[
     built("live-stopped", DUMP),
     harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
     built("lazy", RESTORE),
+    built("record", RESTORE),
     refused("lazy-pages", BOTH.or(PAGE_SERVER), "restore without it"),
     // Files
     built("file-locks", DUMP),

@@ -56,10 +56,11 @@ const TAKEN_BACK: &str = "
     skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
 
 /// Our own.
-const OURS: [&str; 10] = [
+const OURS: [&str; 11] = [
     "tracker",
     "chain",
     "lazy",
+    "record",
     "live",
     "live-stopped",
     "link",
@@ -346,11 +347,12 @@ fn lines_of_restore_become_options() {
             restore.track = track::Options::new(true, None);
         }),
         ("restore --lazy", |restore| {
-            restore.lazy = Some(lazy::Log { file: None, level: LevelFilter::Warn });
+            let log = lazy::Log { file: None, level: LevelFilter::Warn };
+            restore.lazy = Some(lazy::Options { log, record: None });
         }),
-        ("restore --lazy -d -W w -v4", |restore| {
-            let file = Some("w/pager.log".into());
-            restore.lazy = Some(lazy::Log { file, level: LevelFilter::Debug });
+        ("restore --lazy -d -W w -v4 --record r", |restore| {
+            let log = lazy::Log { file: Some("w/pager.log".into()), level: LevelFilter::Debug };
+            restore.lazy = Some(lazy::Options { log, record: Some("w/r".into()) });
             restore.release.then = restore::Then::Exit;
             restore.stats = stats::Options::new("w".into(), false);
         }),
