@@ -13,10 +13,13 @@ use std::{
 
 use common::{
     Cap,
-    live::{Live, wait_for},
+    live::{Live, directory, engine, state_of, wait_for, workload},
     require,
 };
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rcriu::image::{Kind, proto, read_all};
 
 /// A cgroup, removed at the end.
@@ -206,6 +209,67 @@ fn privileged_a_cgroup_that_is_gone_is_named() {
     }
 }
 
+/// What a tree writes during a live dump takes memory. If its cgroup has no more, the kernel kills what
+/// the dump has there, not the tree.
+#[test]
+fn privileged_a_live_dump_ends_before_the_tree_lacks_memory() {
+    /// What the tree writes, half of it private memory.
+    const WRITTEN_BYTES: u64 = 48 << 20;
+    /// Less than that.
+    const LEFT_BYTES: u64 = 6 << 20;
+    require(Cap::Ptrace);
+    let Some(group) = Group::new("memory", "live") else {
+        eprintln!("no memory cgroup of version 1 here");
+        return;
+    };
+    let dir = directory();
+    let (status, procs) = (dir.path().join("status"), group.0.join("cgroup.procs"));
+    let start = "echo $$ >\"$0\"; exec \"$@\"";
+    let words = [
+        "-c",
+        start,
+        procs.to_str().unwrap(),
+        workload().to_str().unwrap(),
+        "ordered_writes",
+        status.to_str().unwrap(),
+    ];
+    let mut live = Live::program("sh", &words, dir);
+    live.wait_ready();
+    let used = || -> u64 {
+        let text = fs::read_to_string(group.0.join("memory.usage_in_bytes")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    wait_for("all memory to be written", || used() > WRITTEN_BYTES);
+    group.write("memory.limit_in_bytes", &(used() + LEFT_BYTES).to_string());
+    live.tree();
+    let images = live.images();
+    fs::create_dir(&images).unwrap();
+    // It stops when the tree has run on.
+    let mut dump = std::process::Command::new(engine())
+        .args(["dump", "-R", "--live", "-t", &live.root.to_string(), "-D"])
+        .arg(&images)
+        .env("RCRIU_FAULT", "live-released:stop")
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let front = i32::try_from(dump.id()).unwrap();
+    let mut worker = None;
+    wait_for("the dump to stop", || {
+        assert_eq!(dump.try_wait().unwrap(), None, "it did not come that far");
+        let path = format!("/proc/{front}/task/{front}/children");
+        worker = fs::read_to_string(path).unwrap().trim().parse().ok();
+        worker.is_some_and(|pid| state_of(pid) == Some('T'))
+    });
+    let events = || fs::read_to_string(group.0.join("memory.oom_control")).unwrap();
+    wait_for("the kernel to kill a process", || !events().contains("oom_kill 0"));
+    kill(Pid::from_raw(worker.unwrap()), Signal::SIGCONT).unwrap();
+    let output = dump.wait_with_output().unwrap();
+    let said = self::words(&output);
+    assert!(said.contains("that --live reads was killed; the tree runs on"), "{said}");
+    assert!(!images.join("inventory.img").exists());
+    live.verdict();
+}
+
 fn own_place() -> String {
     let own = Pid::this().as_raw();
     place(own, own)
@@ -342,6 +406,9 @@ fn privileged_a_frozen_tree_is_dumped_and_stays_frozen() {
         if which == 1 {
             cold.assert_cold(1, lines);
         }
+        let said = words(&cold.live.try_dump(&["-R", "--live"]));
+        assert!(said.contains("is frozen, so the tree would not run during the dump"), "{said}");
+        cold.wait_frozen(which);
         assert!(cold.live.try_run("pre-dump", &[]).status.success());
         for (fault, killed) in [("dump-frozen", false), ("dump-injected", false)] {
             cold.live.fault = Some(fault.to_owned());
