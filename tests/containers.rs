@@ -7,7 +7,7 @@ mod common;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
@@ -65,6 +65,16 @@ impl Container {
 
     /// The same, with more arguments of `runc run`.
     fn start_with(command: &str, arguments: &[&str], edit: impl FnOnce(&mut Value)) -> Self {
+        Self::start_to(Stdio::null(), command, arguments, edit)
+    }
+
+    /// The same, with a standard output.
+    fn start_to(
+        out: Stdio,
+        command: &str,
+        arguments: &[&str],
+        edit: impl FnOnce(&mut Value),
+    ) -> Self {
         let dir = directory();
         // Names of containers are those of cgroups, too.
         let name = dir.path().file_name().unwrap().to_str().unwrap();
@@ -89,7 +99,7 @@ impl Container {
         fs::create_dir(container.path("work")).unwrap();
         let bundle = container.path("bundle");
         let arguments = [&["-d", "-b", bundle.to_str().unwrap()], arguments].concat();
-        let output = container.runc("run", &arguments);
+        let output = container.runc_to(out, "run", &arguments);
         assert!(output.status.success(), "{}", container.complaint(&output));
         container
     }
@@ -100,6 +110,11 @@ impl Container {
 
     /// Runs a command of runc on the container.
     fn runc(&self, command: &str, arguments: &[&str]) -> Output {
+        // A restored container would keep pipes of ours open.
+        self.runc_to(Stdio::null(), command, arguments)
+    }
+
+    fn runc_to(&self, stdout: Stdio, command: &str, arguments: &[&str]) -> Output {
         // What a container inherits must not be a file of the host: it has no name inside.
         let starts = matches!(command, "run" | "restore");
         let out = if starts { PathBuf::from("/dev/null") } else { self.path("output") };
@@ -117,8 +132,7 @@ impl Container {
             .args(arguments)
             .arg(&self.id)
             .stdin(Stdio::null())
-            // A restored container would keep pipes of ours open.
-            .stdout(Stdio::null())
+            .stdout(stdout)
             .stderr(out)
             .status()
             .unwrap();
@@ -143,17 +157,26 @@ impl Container {
     }
 
     fn restore(&self, images: &Path, arguments: &[&str]) {
+        self.restore_to(Stdio::null(), images, arguments);
+    }
+
+    /// Restores it with a standard output.
+    fn restore_to(&self, out: Stdio, images: &Path, arguments: &[&str]) {
         let bundle = self.path("bundle");
         let arguments = [&["-d", "-b", bundle.to_str().unwrap()], arguments].concat();
-        self.with_images("restore", images, &arguments);
+        self.with_images_to(out, "restore", images, &arguments);
     }
 
     fn with_images(&self, command: &str, images: &Path, arguments: &[&str]) {
+        self.with_images_to(Stdio::null(), command, images, arguments);
+    }
+
+    fn with_images_to(&self, out: Stdio, command: &str, images: &Path, arguments: &[&str]) {
         let work = self.path("work");
         let mut all = vec!["--image-path", images.to_str().unwrap()];
         all.extend(["--work-path", work.to_str().unwrap()]);
         all.extend(arguments);
-        let output = self.runc(command, &all);
+        let output = self.runc_to(out, command, &all);
         assert!(output.status.success(), "{command}: {}", self.complaint(&output));
     }
 
@@ -393,6 +416,92 @@ fn privileged_volumes_of_runc_receive_mounts_of_the_host() {
     container.end();
 }
 
+/// A read-only root, a cgroup namespace, a filter of system calls, a volume and a lock, in each of the modes for
+/// cgroups.
+#[test]
+fn privileged_a_confined_container_of_runc_goes_on_in_each_mode_of_cgroups() {
+    needs();
+    require(Cap::Program("flock"));
+    let command = format!("exec 9>/tmp/lock; /usr/bin/flock 9; {COUNT}");
+    let container = Container::start(&command, |config| {
+        config["root"]["readonly"] = json!(true);
+        config["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{ "names": ["swapon"], "action": "SCMP_ACT_ERRNO" }],
+        });
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        if !namespaces.iter().any(|one| one["type"] == "cgroup") {
+            namespaces.push(json!({ "type": "cgroup" }));
+        }
+        let volume = json!({
+            "destination": "/tmp", "type": "bind", "source": "rootfs/tmp", "options": ["bind"],
+        });
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(volume);
+        // busybox locks no files.
+        mounts.extend(["/lib", "/lib64", "/usr/bin/flock"].map(|path| {
+            json!({ "destination": path, "type": "bind", "source": path, "options": ["bind", "ro"] })
+        }));
+    });
+    // runc binds others of the cgroups of version 1 at a restore, and runs `exec` in another namespace.
+    let seen = "grep -E '^(Seccomp|NoNewPrivs)' /proc/1/status; ls -l /proc/1/ns/net | cut -c1-10; \
+                grep -v -e ' - proc' -e ' - cgroup ' /proc/1/mountinfo | cut -d' ' -f4-6 | sort";
+    let is_locked = || {
+        let lock = container.path("bundle/rootfs/tmp/lock");
+        !Command::new("flock").arg("-n").arg(lock).arg("true").status().unwrap().success()
+    };
+    container.counts_on();
+    let was = container.exec(seen);
+    assert!(was.contains("Seccomp:\t2\n") && was.contains("/bundle/rootfs / ro"), "{was}");
+    assert!(is_locked());
+    for mode in ["soft", "full", "strict"] {
+        let reached = container.counts_on();
+        let options = ["--file-locks", "--manage-cgroups-mode", mode];
+        container.checkpoint(mode, &options);
+        assert!(!is_locked());
+        container.restore(&container.path(mode), &options);
+        assert!(container.counts_on() > reached);
+        assert_eq!(container.exec(seen), was);
+        assert!(is_locked());
+    }
+    container.end();
+}
+
+/// The standard output is a pipe: the restored container writes into that of the second runc.
+#[test]
+fn privileged_pipes_of_runc_are_those_of_the_restore() {
+    needs();
+    let lines = |end| {
+        let mut lines = BufReader::new(fs::File::from(end)).lines();
+        move || lines.next().map(|line| line.unwrap().parse::<u64>().unwrap())
+    };
+    let (end, out) = nix::unistd::pipe().unwrap();
+    let mut next = lines(end);
+    let container = Container::start_to(
+        out.into(),
+        "i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done",
+        &[],
+        |_| {},
+    );
+    let mut reached = next().unwrap();
+    for images in ["1", "2"] {
+        container.checkpoint(images, &[]);
+        // All that it had written, and the end.
+        while let Some(line) = next() {
+            assert_eq!(line, reached + 1);
+            reached = line;
+        }
+        let (end, out) = nix::unistd::pipe().unwrap();
+        next = lines(end);
+        container.restore_to(out.into(), &container.path(images), &[]);
+        for _ in 0..3 {
+            let line = next().unwrap();
+            assert_eq!(line, reached + 1);
+            reached = line;
+        }
+    }
+}
+
 /// A private network namespace: 1.1.5 with CRIU cannot keep connections in one.
 #[test]
 fn privileged_connections_in_a_network_namespace_of_runc_go_on() {
@@ -570,5 +679,5 @@ fn privileged_a_newer_runc_does_the_same() {
         .unwrap();
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success() && said.contains("test result: ok. 9 passed"), "{said}");
+    assert!(output.status.success() && said.contains("test result: ok. 11 passed"), "{said}");
 }
