@@ -141,7 +141,7 @@ mod tests {
         let mut device =
             NetDeviceEntry { name: b"eth0".to_vec(), mtu: 1400, ..NetDeviceEntry::default() };
         options.apply(&mut device);
-        let end = device.rcriu_link.unwrap().outside.unwrap();
+        let end = device.rcriu_link.take().unwrap().outside.unwrap();
         assert_eq!((end.name.as_slice(), end.master.as_deref()), (&b"v0"[..], Some(&b"br0"[..])));
         assert_eq!(end.mtu, 1400);
         assert!(options.has_end(b"eth1") && !options.has_end(b"eth2"));
