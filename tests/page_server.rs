@@ -573,3 +573,21 @@ fn a_server_goes_to_the_background() {
     let log = fs::read_to_string(images.join("log")).unwrap();
     assert!(log.contains("has ended the connection before"), "{log}");
 }
+
+/// The tree runs on while its private memory is sent.
+#[test]
+fn privileged_a_dump_without_a_pause_goes_to_a_server() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("cow_tree");
+    let received = live.path("received");
+    let server = Server::start(&received, &[]);
+    live.images_name = "sent";
+    let output = dump_to(&mut live, &server, "dump", &["-R", "--live"]);
+    assert!(output.status.success(), "{}", live.complaint(&output, "dump.log"));
+    server.succeed();
+    live.kill();
+    bring(&live.images(), &received);
+    let output = live.try_restore_from(&received, &["-W", text(live.dir.path()), "--lazy"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    live.verdict();
+}
