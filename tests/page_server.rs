@@ -25,7 +25,7 @@ use nix::{
 use proptest::test_runner::{Config, TestRunner};
 use rcriu::{
     chain::{Chain, Summary},
-    image::{MemoryId, PagemapEntry, Presence},
+    image::{MemoryId, Pagemap, PagemapEntry, Presence},
     pages::wire::{Command as Message, encode_memory},
     units::{PAGE_LEN, PageIndex},
 };
@@ -144,6 +144,38 @@ fn privileged_a_parent_counts_only_if_both_have_it() {
     bring(&live.images(), &received);
     assert!(in_parent(&received).0 > 0);
     restore_from(&mut live, &received);
+    live.verdict();
+}
+
+/// The wrong directory at the server costs room, and nothing else.
+#[test]
+fn privileged_a_parent_of_another_dump_does_not_count() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("cow_tree");
+    for (name, images) in [("received1", "sent1"), ("received2", "sent2")] {
+        let server = Server::start(&live.path(name), &[]);
+        live.images_name = images;
+        let output = dump_to(&mut live, &server, "dump", &["-R", "--track-mem"]);
+        assert!(output.status.success(), "{}", live.complaint(&output, "dump.log"));
+        server.succeed();
+    }
+    for (images, parent, counts) in
+        [("sent3", "../received1", false), ("sent4", "../received2", true)]
+    {
+        let received = live.path(&format!("for-{images}"));
+        let server = Server::start(&received, &["--prev-images-dir", parent]);
+        live.images_name = images;
+        let output = dump_to(&mut live, &server, "dump", &["-R", "--prev-images-dir", "../sent2"]);
+        assert!(output.status.success(), "{}", live.complaint(&output, "dump.log"));
+        server.succeed();
+        let holes = images_of_pages(&received)
+            .iter()
+            .filter(|name| MemoryId::of_pagemap(name).is_some())
+            .flat_map(|name| Pagemap::read(&received.join(name)).unwrap().entries)
+            .filter(|entry| entry.presence == Presence::Parent)
+            .count();
+        assert_eq!(holes > 0, counts, "{images}: {holes}");
+    }
     live.verdict();
 }
 

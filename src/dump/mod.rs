@@ -112,7 +112,7 @@ pub fn run(options: &Options) -> Result<()> {
     crate::sys::process::raise_descriptor_limit();
     actions.run(Stage::PreDump, Some(root))?;
     let mut stats = Stats::default();
-    let server = target::connect(store)?;
+    let server = target::connect(store, parent.as_ref())?;
     // Before the tree is stopped, so that it is dropped when the tree runs again.
     let mut live = live.map(Live::new);
     let mut frozen = stats.freezing(|| Frozen::freeze(root, *freeze))?;

@@ -2,12 +2,12 @@
 
 use std::{fs::File, path::Path};
 
-use super::{DumpError, Parent, Result, Store};
+use super::{DumpError, Parent, Result, Store, parent_name};
 use crate::{
     chain::{self, Pagemaps},
     fault::{self, Point},
     image::{self, Part, SnapshotWriter, proto},
-    pages::{self, Copied, Memory, PageServer},
+    pages::{self, Copied, Memory, PageServer, wire::DumpId},
     sys::{cancel, fds},
 };
 
@@ -24,7 +24,7 @@ pub(super) struct Target {
 /// # Errors
 /// The server does not answer, or the directory holds a dump, whose pages would be taken for those of the
 /// new one.
-pub(super) fn connect(store: &Store) -> Result<Option<PageServer>> {
+pub(super) fn connect(store: &Store, parent: Option<&Parent>) -> Result<Option<PageServer>> {
     let Some(server) = &store.server else { return Ok(None) };
     if let Some(name) = image::leftover(&store.images_dir, true)? {
         let dir = store.images_dir.clone();
@@ -36,7 +36,8 @@ pub(super) fn connect(store: &Store) -> Result<Option<PageServer>> {
              ancestors when all images are in one place"
         );
     }
-    Ok(Some(PageServer::connect(server)?))
+    let parent = parent_name(parent)?.map(|name| DumpId::of_name(&name));
+    Ok(Some(PageServer::connect(server, parent)?))
 }
 
 impl Target {
@@ -66,7 +67,7 @@ impl Target {
         }
         check()?;
         if let Some(server) = self.server {
-            server.close()?;
+            server.close(inventory.dump_criu_run_id.as_deref().map(DumpId::of_name))?;
         }
         self.images.commit(inventory)?;
         Ok(fault::hit(Point::DumpCommit)?)

@@ -193,6 +193,7 @@ kinds! {
     Punched = "PUNCHED": "punched-", Decimal, ".img", 0x00000000, Raw, None;
     SentPagemap = "SENT_PAGEMAP": "sent-pagemap-", Decimal, ".img", 0x56084025, Pagemap, None;
     SentShmemPagemap = "SENT_SHMEM_PAGEMAP": "sent-pagemap-shmem-", Decimal, ".img", 0x56084025, Pagemap, None;
+    ReceivedId = "RECEIVED_ID": "received-id", None, ".img", 0x00000000, Raw, None;
     DeletedMount = "DELETED_MOUNT": "deleted-mount-", Decimal, ".tar.gz.img", 0x00000000, Raw, None;
     Stats = "STATS": "stats-", Word, "", 0x57093306, One("stats_entry"), None;
     IrmapCache = "IRMAP_CACHE": "irmap-cache", None, ".img", 0x57004059, Many("irmap_cache_entry"), None;

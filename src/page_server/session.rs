@@ -9,11 +9,13 @@ use super::{PageServerError, Result};
 use crate::{
     chain::{self, Pagemaps},
     fault::{self, Point},
-    image::{MemoryId, PagemapEntry, Presence, SnapshotWriter},
+    image::{
+        Directory, ImageError, ImageStore, Kind, MemoryId, PagemapEntry, Presence, SnapshotWriter,
+    },
     pages::{
         FileSink, PageSink,
         tls::Secured,
-        wire::{Command, HEAD_BYTES, encode_memory},
+        wire::{Command, DumpId, HEAD_BYTES, encode_memory},
     },
     sys::fds,
     units::{PAGE_LEN, PageIndex, PageRanges},
@@ -41,6 +43,8 @@ pub(super) struct Session<S: Read + Write> {
     /// Whether the connection may stay open after the session.
     is_callers: bool,
     open: Option<Receiving>,
+    /// The dump, if the client has said which it is.
+    id: Option<DumpId>,
     memories: u32,
     messages: u64,
     buffer: Vec<u8>,
@@ -71,6 +75,7 @@ impl<S: Read + Write> Session<S> {
             parent,
             is_callers,
             open: None,
+            id: None,
             memories: 0,
             messages: 0,
             buffer: Vec::new(),
@@ -83,8 +88,8 @@ impl<S: Read + Write> Session<S> {
     /// As [`PageServer::serve`](super::PageServer::serve).
     pub(super) fn serve(mut self) -> Result<()> {
         while self.message()? == Next::Message {}
-        let Self { mut stream, images, is_callers, memories, .. } = self;
-        let kept = keep(images);
+        let Self { mut stream, images, is_callers, id, memories, .. } = self;
+        let kept = keep(images, id);
         // A client that gets no answer, or another one, does not count the pages as sent.
         let status: i32 = if kept.is_ok() { 0 } else { -1 };
         let answered = stream.write_all(&status.to_le_bytes()).and_then(|()| stream.flush());
@@ -112,7 +117,7 @@ impl<S: Read + Write> Session<S> {
             Command::decode(&head).map_err(|source| PageServerError::Message { number, source })?;
         match command {
             Command::Open { memory, answered } => {
-                let has_parent = self.open(memory)?;
+                let has_parent = self.open(memory, DumpId::of_head(&head))?;
                 if answered {
                     self.answer(&[u8::from(has_parent)])?;
                 }
@@ -125,6 +130,7 @@ impl<S: Read + Write> Session<S> {
             Command::Get { .. } => return Err(PageServerError::Asked { number }),
             Command::Close { .. } => {
                 self.finish()?;
+                self.id = DumpId::of_head(&head);
                 return Ok(Next::Done);
             }
         }
@@ -145,10 +151,21 @@ impl<S: Read + Write> Session<S> {
             .map_err(|source| PageServerError::Connection { step: "answer the client", source })
     }
 
-    /// Begins a memory, and returns whether the parent has it.
-    fn open(&mut self, memory: MemoryId) -> Result<bool> {
+    /// Begins a memory, and returns whether the parent has it. The parent must be the dump `expected`, if
+    /// the client and the parent's directory say which they mean.
+    fn open(&mut self, memory: MemoryId, expected: Option<DumpId>) -> Result<bool> {
         self.finish()?;
-        let held = self.held(memory)?;
+        let mut held = self.held(memory)?;
+        if held.is_some()
+            && let (Some(expected), Some(parent)) = (expected, self.parent()?)
+            && id_of(&parent)?.is_some_and(|found| found != expected)
+        {
+            log::warn!(
+                "{memory}: {} is not the previous dump of the client, so all pages are received",
+                parent.display()
+            );
+            held = None;
+        }
         let has_parent = held.is_some();
         self.memories += 1;
         let sink = FileSink::create(&self.images, memory, self.memories, true)?;
@@ -158,21 +175,21 @@ impl<S: Read + Write> Session<S> {
         Ok(has_parent)
     }
 
+    /// Returns the directory of the previous dump.
+    fn parent(&self) -> Result<Option<PathBuf>> {
+        match &self.parent {
+            Some(parent) => Ok(Some(parent.clone())),
+            // A dump of CRIU into the same directory makes the link.
+            None => Ok(chain::parent_of(&self.dir)?),
+        }
+    }
+
     /// Returns the pages of a memory in the parent, if it is there.
     fn held(&self, memory: MemoryId) -> Result<Option<PageRanges>> {
-        let linked;
-        let parent: &Path = match &self.parent {
-            Some(parent) => parent,
-            // A dump of CRIU into the same directory makes the link.
-            None => match chain::parent_of(&self.dir)? {
-                Some(parent) => {
-                    linked = parent;
-                    &linked
-                }
-                None => return Ok(None),
-            },
-        };
-        Ok(chain::held_pages(parent, memory, Pagemaps::Stored)?)
+        match self.parent()? {
+            Some(parent) => Ok(chain::held_pages(&parent, memory, Pagemaps::Stored)?),
+            None => Ok(None),
+        }
     }
 
     /// Enters pages of the memory that is open, and receives their bytes.
@@ -229,8 +246,31 @@ impl<S: Read + Write> Session<S> {
     }
 }
 
+/// Returns which dump the pages in a directory are of, if that is known.
+fn id_of(dir: &Path) -> Result<Option<DumpId>> {
+    let images = Directory::at(dir);
+    match images.open(&Kind::ReceivedId.file_name(0)) {
+        Ok(file) => {
+            let mut bytes = Vec::new();
+            let path = || dir.join(Kind::ReceivedId.file_name(0));
+            file.bytes
+                .take(HEAD_BYTES as u64)
+                .read_to_end(&mut bytes)
+                .map_err(|source| ImageError::Open { path: path(), source })?;
+            Ok(DumpId::of_bytes(&bytes))
+        }
+        Err(_) if images.stat(&Kind::Inventory.file_name(0)).is_err() => Ok(None),
+        Err(_) => Ok(Some(DumpId::of_name(&chain::dump_name(&images)?))),
+    }
+}
+
 /// Makes the images durable, and then visible.
-fn keep(images: SnapshotWriter) -> Result<()> {
+fn keep(images: SnapshotWriter, id: Option<DumpId>) -> Result<()> {
+    if let Some(id) = id {
+        let mut file = images.create_raw(Kind::ReceivedId, 0)?;
+        let path = images.path(Kind::ReceivedId, 0);
+        file.write_all(id.bytes()).map_err(|source| ImageError::Write { path, source })?;
+    }
     fault::hit(Point::PageServerWritten)?;
     images.sync(|file| fds::start_writeback(file, 0, 0))?;
     Ok(images.commit_pages()?)

@@ -15,7 +15,7 @@ use super::{
     Copied, Memory, PageSink, PagesError, Result, copy,
     stretch::require_stored,
     tls::{self, Secured, TlsOptions},
-    wire::{CLOSED_BYTES, Command, HEAD_BYTES, OPENED_BYTES, encode_memory},
+    wire::{CLOSED_BYTES, Command, DumpId, HEAD_BYTES, OPENED_BYTES, encode_memory},
 };
 use crate::{
     image::{MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter, store::StoredOutput},
@@ -58,14 +58,19 @@ pub struct PageServer {
     connection: Secured<Connection>,
     /// Whether the caller may keep the socket, so that its end does not tell the server.
     is_callers: bool,
+    /// The previous dump, which the server's parent must be.
+    parent: Option<DumpId>,
 }
 
 impl PageServer {
-    /// Connects to a page server.
+    /// Connects to a page server, for a dump on `parent`.
     ///
     /// # Errors
     /// [`PagesError::NoServer`], [`PagesError::Server`], [`PagesError::Tls`].
-    pub fn connect(ServerOptions { place, tls }: &ServerOptions) -> Result<Self> {
+    pub fn connect(
+        ServerOptions { place, tls }: &ServerOptions,
+        parent: Option<DumpId>,
+    ) -> Result<Self> {
         let (name, connected) = match place {
             ServerPlace::Address(host, port) => {
                 let name = format!("{host}:{port}");
@@ -95,7 +100,7 @@ impl PageServer {
             Some(tls) => tls::connect(tls, host, connection)
                 .map_err(|source| PagesError::Tls { name: name.clone(), source })?,
         };
-        Ok(Self { name, connection, is_callers })
+        Ok(Self { name, connection, is_callers, parent })
     }
 
     /// Sends memories, one after the other, and records in `images` which pages were sent, from number
@@ -124,13 +129,13 @@ impl PageServer {
         Ok(copied)
     }
 
-    /// Ends the session, and waits until the server has made all pages durable, if it does that.
+    /// Ends the session of the dump `id`, and waits until the server has made all pages durable, if it does that.
     ///
     /// # Errors
     /// [`PagesError::Server`].
-    pub fn close(mut self) -> Result<()> {
+    pub fn close(mut self, id: Option<DumpId>) -> Result<()> {
         self.connection.socket().patience = PATIENCE_AT_END;
-        self.command(&Command::Close { forced: self.is_callers })?;
+        self.command(&Command::Close { forced: self.is_callers }, id)?;
         let answer = self.answer::<CLOSED_BYTES>("receive its word that it has all pages")?;
         match i32::from_le_bytes(answer) {
             0 => {
@@ -147,12 +152,16 @@ impl PageServer {
 
     /// Begins a memory, and returns whether the server has it in the parent.
     fn open(&mut self, memory: MemoryId) -> Result<bool> {
-        self.command(&Command::Open { memory, answered: true })?;
+        self.command(&Command::Open { memory, answered: true }, self.parent)?;
         Ok(self.answer::<OPENED_BYTES>("receive the answer about a memory")? != [0])
     }
 
-    fn command(&mut self, command: &Command) -> Result<()> {
-        let sent = self.connection.write_all(&command.encode());
+    fn command(&mut self, command: &Command, id: Option<DumpId>) -> Result<()> {
+        let mut head = command.encode();
+        if let Some(id) = id {
+            id.enter(&mut head);
+        }
+        let sent = self.connection.write_all(&head);
         sent.map_err(|source| self.failed("send a command", source))
     }
 

@@ -4,6 +4,10 @@
 //! restored lazily is asked for with the plain pid ([`Command::Get`]); everywhere else the number of a
 //! memory includes its kind.
 
+use std::ops::Range;
+
+use sha2::{Digest, Sha256};
+
 use crate::{
     image::{MemoryId, PagemapEntry, Presence},
     units::PageIndex,
@@ -97,6 +101,45 @@ pub enum WireError {
         /// What is wrong with them.
         problem: &'static str,
     },
+}
+
+/// The bytes of [`DumpId`] in a head.
+const ID: Range<usize> = 8..24;
+
+/// Tells a dump from others, in the heads of [`Command::Open`] (the parent) and [`Command::Close`] (the
+/// dump itself). It is an extension: CRIU sends zeros there, and does not look at what it receives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DumpId([u8; ID.end - ID.start]);
+
+impl DumpId {
+    /// Returns the id of the dump with this name ([`crate::chain::dump_name`]).
+    pub fn of_name(name: &[u8]) -> Self {
+        let hash = Sha256::digest(name);
+        let mut id = [0; ID.end - ID.start];
+        id.copy_from_slice(&hash[..ID.end - ID.start]);
+        Self(id)
+    }
+
+    /// Returns the id with these bytes; `None` if they are not one.
+    pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
+        let id: [u8; ID.end - ID.start] = bytes.try_into().ok()?;
+        id.iter().any(|byte| *byte != 0).then_some(Self(id))
+    }
+
+    /// Returns the id in a head.
+    pub fn of_head(head: &[u8; HEAD_BYTES]) -> Option<Self> {
+        Self::of_bytes(&head[ID])
+    }
+
+    /// Returns the bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Puts the id into a head.
+    pub fn enter(&self, head: &mut [u8; HEAD_BYTES]) {
+        head[ID].copy_from_slice(&self.0);
+    }
 }
 
 /// Returns the number of a memory in messages.
@@ -293,6 +336,19 @@ mod tests {
         ] {
             assert_eq!(decode(bytes), problem);
         }
+    }
+
+    #[test]
+    fn ids_are_where_commands_have_nothing() {
+        let id = DumpId::of_name(b"name");
+        let memory = MemoryId::Private(7);
+        for command in [Command::Open { memory, answered: true }, Command::Close { forced: true }] {
+            let mut head = command.encode();
+            assert_eq!(DumpId::of_head(&head), None);
+            id.enter(&mut head);
+            assert_eq!((DumpId::of_head(&head), Command::decode(&head)), (Some(id), Ok(command)));
+        }
+        assert_ne!(id, DumpId::of_name(b"another"));
     }
 
     proptest! {

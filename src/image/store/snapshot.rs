@@ -332,7 +332,10 @@ impl Drop for DirectoryWriter {
 
 /// Whether a page server writes images of this kind.
 fn is_of_pages(kind: Kind) -> bool {
-    matches!(kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Pages | Kind::Punched)
+    matches!(
+        kind,
+        Kind::Pagemap | Kind::ShmemPagemap | Kind::Pages | Kind::Punched | Kind::ReceivedId
+    )
 }
 
 /// Returns the name of an image in a directory that would be taken for one of a new dump whose pages
