@@ -59,6 +59,8 @@ pub(super) const MACVLAN_FLAGS: u16 = 2;
 /// Flags that a program sets: `IFF_UP`, `IFF_NOTRAILERS`, `IFF_NOARP`, `IFF_PROMISC`,
 /// `IFF_ALLMULTI`, `IFF_DYNAMIC` (`linux/if.h`).
 const UP: u32 = 1;
+/// `IFF_RUNNING`.
+pub(super) const RUNNING: u32 = 0x40;
 const FLAGS: u32 = UP | 0x20 | 0x80 | 0x100 | 0x200 | 0x8000;
 
 /// `ARPHRD_LOOPBACK`, `linux/if_arp.h`.

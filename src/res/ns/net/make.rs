@@ -388,3 +388,21 @@ pub(super) fn start(devices: &[NetDeviceEntry]) -> Result<(), Problem> {
     }
     Ok(())
 }
+
+/// Waits until the kernel has noticed that devices with these numbers are connected, which takes it up to a second.
+/// Only then does it add addresses and routes of its own, which the restore removes if they were not there.
+pub(super) fn await_running(numbers: &[u32]) {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let is_running = |links: &[Link], number: u32| {
+        links.iter().any(|link| link.index == number && link.flags & links::RUNNING != 0)
+    };
+    while begin.elapsed() < PATIENCE {
+        let links = links::list().unwrap_or_default();
+        if numbers.iter().all(|number| is_running(&links, *number)) {
+            return;
+        }
+        thread::sleep(REMOVAL_NAP);
+    }
+    log::warn!("the network devices {numbers:?} are not connected yet");
+}

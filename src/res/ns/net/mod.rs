@@ -198,6 +198,7 @@ impl Restoring for Network {
                 make::start(&self.devices).map_err(problem)?;
             }
             _ => {
+                make::await_running(&self.connected());
                 self.routes.restore().map_err(problem)?;
                 self.filters.restore().map_err(problem)?;
                 sysctl::write_others(&self.entry);
@@ -215,6 +216,21 @@ impl Restoring for Network {
         let mut outside = outside.filter_map(|link| link.outside.as_ref());
         let connected = outside.try_for_each(outside::connect);
         connected.map_err(|what: Problem| ResError::Namespace { number, problem: what.0 })
+    }
+}
+
+impl Network {
+    /// Returns the numbers of the devices that ends in other namespaces of the tree connect: the other ends of these,
+    /// and the bridges of which they are ports.
+    fn connected(&self) -> Vec<u32> {
+        let is_end = |number: u32| self.far_ends.iter().any(|end| end.of == number);
+        let has_end = |number: u32| {
+            let mut ports = self.devices.iter().filter(|port| port.master == Some(number));
+            ports.any(|port| is_end(port.ifindex))
+        };
+        let was_running = self.devices.iter().filter(|device| device.flags & links::RUNNING != 0);
+        let numbers = was_running.map(|device| device.ifindex);
+        numbers.filter(|number| is_end(*number) || has_end(*number)).collect()
     }
 }
 
