@@ -175,7 +175,9 @@ fn exec(arguments: &[std::ffi::OsString]) -> ExitCode {
 
 /// Puts a line where another process looks for it, whole or not at all.
 fn publish(path: &Path, text: &str) {
-    let new = path.with_extension(format!("new{}", std::process::id()));
+    // Processes in several pid namespaces may have one pid.
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".new{}", std::process::id()));
     if fs::write(&new, text).is_ok() {
         let _ = fs::rename(&new, path);
     }
