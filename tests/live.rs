@@ -400,6 +400,7 @@ states! {
     mount_namespace_of_users, elsewhere: restored;
     time_namespace;
     pid_namespaces;
+    pid_namespaces_of_users;
     pid_namespace_members;
     pid_namespace_mounts;
     ipc_namespace;

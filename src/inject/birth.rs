@@ -41,7 +41,7 @@ impl Wanted {
         let denied = match run(scratch, maker, &script) {
             Ok(born) => return Ok(born),
             Err(error @ InjectError::Call { source: Errno::EPERM, .. })
-                if self.in_own_namespace && self.chosen.len() == 1 =>
+                if self.in_own_namespace =>
             {
                 error
             }
@@ -69,14 +69,16 @@ impl Wanted {
         self.chosen.last().copied().unwrap_or(0)
     }
 
+    /// Returns the calls; those that do not choose the pid in the namespace of the tree choose the others.
     fn script(&self, with_pid: bool) -> (Script, String) {
         let mut script = Script::new();
         let pids: Vec<u8> = self.chosen.iter().copied().flat_map(i32::to_ne_bytes).collect();
         let set_tid = script.bytes(&pids);
-        let set_tid_size = if with_pid { self.chosen.len() as u64 } else { 0 };
+        let others = self.chosen.len().saturating_sub(1);
+        let set_tid_size = if with_pid { self.chosen.len() } else { others } as u64;
         let arguments = CloneArguments { set_tid_size, ..self.arguments };
         let buffer = script.bytes(arguments.as_bytes());
-        if with_pid {
+        if set_tid_size > 0 {
             script.point(buffer, offset_of!(CloneArguments, set_tid), set_tid);
         }
         let what = format!("make process {}", self.pid());
@@ -97,8 +99,10 @@ impl Wanted {
         let kill = InjectError::trace(born, "kill");
         process::signal(born, libc::SIGKILL).map_err(kill)?;
         await_end(born)?;
-        // A sibling is a child of rcriu or of a process that reaps it. `__WALL`: it may have no signal.
-        let arguments = [born.0.into(), 0.into(), libc::__WALL.into(), 0.into()];
+        // The maker has no other dead child yet, and its number for this one may be another. A sibling is a
+        // child of rcriu or of a process that reaps it. `__WALL`: it may have no signal.
+        let flags = libc::__WALL | libc::WNOHANG;
+        let arguments = [(-1).into(), 0.into(), flags.into(), 0.into()];
         script.attempt(libc::SYS_wait4, &arguments);
         scratch.run(maker, &script).map(drop)
     }

@@ -185,7 +185,9 @@ impl OfTree {
                 format!("has {} that belongs to another user namespace than its own", kind.name);
             return refused(what, "dump the part of the tree in that user namespace");
         }
-        let has_home = self.of_kind(kind.file).any(|other| other.is_first);
+        // No process has to return from a namespace that begins with its first process.
+        let has_home =
+            kind.own.begins_with_process() || self.of_kind(kind.file).any(|other| other.is_first);
         if !has_home && self.number_of(user::FILE).is_some() {
             let what = format!(
                 "has {} of its own, while the first process of the tree has a user namespace, but no \
