@@ -35,6 +35,9 @@ struct Times {
     complete: Duration,
 }
 
+/// One of the times.
+type Of = fn(&Times) -> Duration;
+
 fn main() {
     require(Cap::Ptrace);
     require(Cap::Program("redis-server"));
@@ -52,7 +55,7 @@ fn main() {
         }
     }
     let [full, lazy] = times;
-    let rows: [(&str, fn(&Times) -> Duration); 3] = [
+    let rows: [(&str, Of); 3] = [
         ("the command has returned", |times| times.returned),
         ("the first answer", |times| times.answered),
         ("all memory is there", |times| times.complete),
@@ -86,7 +89,7 @@ fn restored(live: &mut Live, port: u16, options: &[&str]) -> Times {
     Times { returned, answered, complete: begin.elapsed() }
 }
 
-fn median(times: &[Times], of: fn(&Times) -> Duration) -> Duration {
+fn median(times: &[Times], of: Of) -> Duration {
     let mut all: Vec<Duration> = times.iter().map(of).collect();
     all.sort_unstable();
     all[all.len() / 2]
