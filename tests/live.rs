@@ -422,6 +422,7 @@ states! {
     user_namespace_of_root_alone;
     user_namespace_with_threads;
     network_filters;
+    network_filters_of_iptables;
     network_outside;
     network_on_top;
     tun_device;

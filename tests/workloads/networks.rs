@@ -26,6 +26,7 @@ pub const ROWS: &[Row] = &[
     ("network_routes", network_routes),
     ("network_settings", network_settings),
     ("network_filters", network_filters),
+    ("network_filters_of_iptables", network_filters_of_iptables),
     ("network_outside", network_outside),
     ("network_on_top", network_on_top),
 ];
@@ -291,6 +292,43 @@ fn network_filters(checkpoint: &Checkpoint) -> Verdict {
     );
     drop(listener);
     Ok(())
+}
+
+/// Rules of iptables-nft, which nft(8) cannot write, beside others that it can.
+fn network_filters_of_iptables(checkpoint: &Checkpoint) -> Verdict {
+    enter(&["link set lo up"])?;
+    for line in [
+        "iptables-nft -t nat -A POSTROUTING -s 10.0.0.0/8 -j MASQUERADE",
+        "iptables-nft -t mangle -A FORWARD -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu",
+        "iptables-nft -N chain",
+        "iptables-nft -A chain -s 10.0.0.0/8 -m addrtype --dst-type LOCAL -m comment --comment words -j RETURN",
+        "iptables-nft -A INPUT -p tcp --dport 81 -j REJECT --reject-with tcp-reset",
+        "iptables-nft -P FORWARD DROP",
+        "ip6tables-nft -A INPUT -m conntrack --ctstate INVALID -j DROP",
+        "nft add table inet t",
+        "nft add chain inet t input { type filter hook input priority 0; policy accept; }",
+        "nft add rule inet t input tcp dport 82 drop",
+    ] {
+        run(line)?;
+    }
+    let seen = || -> Result<Vec<String>, String> {
+        let shown = ["nft list ruleset", "iptables-nft-save", "ip6tables-nft-save"];
+        let texts = shown.into_iter().map(run).collect::<Result<Vec<_>, _>>()?;
+        // A comment has the time, and the order of tables is not kept.
+        let lines = texts.iter().flat_map(|text| text.lines());
+        let lines = lines
+            .filter(|line| !line.starts_with("# Generated") && !line.starts_with("# Completed"));
+        let mut lines: Vec<_> =
+            lines.map(|line| line.split(" [").next().unwrap_or(line).to_owned()).collect();
+        lines.sort();
+        Ok(lines)
+    };
+    let expected = seen()?;
+    for word in ["MASQUERADE", "clamp-mss", "dst-type LOCAL", "dport 82", "INVALID"] {
+        ensure!(expected.iter().any(|line| line.contains(word)), "no {word} in {expected:#?}");
+    }
+    checkpoint.wait();
+    same("the rules", expected, seen()?)
 }
 
 /// A pair of devices of which one end is in the namespace of the machine, and a socket there.

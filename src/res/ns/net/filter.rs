@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::{Problem, read_raw, warn, write_raw, wrong};
+use super::{Problem, read_raw, warn, write_raw, wrong, xtables};
 use crate::{
     image::{ImageStore, Kind, SnapshotWriter},
     res::{
@@ -59,24 +59,33 @@ pub(super) fn dump(images: &SnapshotWriter, number: u32, pid: HostPid) -> Result
     let failed = |problem: String| ResError::Namespace { number, problem };
     let mut talk = Talk::about_filters();
     let list = Body::new(&[0; FIXED_BYTES]);
+    let mut newer = [String::new(), String::new()];
     // A kernel without them has none.
     if talk.list(GET_TABLES, &list, NEW_TABLE).is_ok_and(|tables| !tables.is_empty()) {
         let rules = run(&["nft"], &["list", "ruleset"], None).map_err(failed)?;
+        let mut rules = String::from_utf8_lossy(&rules).into_owned();
+        newer = of_iptables(&mut talk, &mut rules);
         let is_foreign =
             |line: &str| ["xt match ", "xt target "].iter().any(|word| line.contains(word));
-        if let Some(line) = String::from_utf8_lossy(&rules).lines().find(|line| is_foreign(line)) {
+        if let Some(line) = rules.lines().find(|line| is_foreign(line)) {
             return Err(failed(format!(
-                "nft(8) cannot write this rule of iptables-nft: {}\nhelp: remove it for the dump, or use \
-                 iptables-legacy",
+                "nft(8) cannot write this rule of iptables-nft: {}\nhelp: remove it for the dump, install \
+                 iptables-nft-save, or use iptables-legacy",
                 line.trim()
             )));
         }
-        write_raw(images, Kind::Nftables, number, &rules)?;
+        if !rules.is_empty() {
+            write_raw(images, Kind::Nftables, number, rules.as_bytes())?;
+        }
     }
-    for (kind, tables, save, _) in FAMILIES {
+    for ((kind, tables, save, _), newer) in FAMILIES.into_iter().zip(newer) {
         let tables = std::fs::read(format!("/proc/{pid}/net/{tables}")).unwrap_or_default();
-        if !tables.is_empty() {
-            let rules = run(&save, &["-c"], None).map_err(failed)?;
+        let older = match tables.is_empty() {
+            true => Vec::new(),
+            false => run(&save, &["-c"], None).map_err(failed)?,
+        };
+        let rules = xtables::joined(&older, &newer);
+        if !rules.is_empty() {
             write_raw(images, kind, number, &rules)?;
         }
     }
@@ -96,6 +105,32 @@ pub(super) fn dump(images: &SnapshotWriter, number: u32, pid: HostPid) -> Result
         }
     }
     Ok(())
+}
+
+/// Takes the tables of iptables-nft out of the rules of nft, and returns them as iptables has them, by family.
+/// Tables that iptables cannot read stay.
+fn of_iptables(talk: &mut Talk, rules: &mut String) -> [String; 2] {
+    let tables = xtables::tables(talk);
+    xtables::FAMILIES.each_ref().map(|family| {
+        let mut found = String::new();
+        for table in xtables::of(&tables, family) {
+            let mut others = rules.clone();
+            let Some(shown) = xtables::take(&mut others, family, table) else { continue };
+            match run(&[family.save], &["-c", "-t", table], None) {
+                Ok(output) => {
+                    let output = String::from_utf8_lossy(&output);
+                    if let Some(saved) = xtables::saved(&output, table, &shown) {
+                        found.push_str(&saved);
+                        *rules = others;
+                    }
+                }
+                Err(why) => warn(&format!(
+                    "the rules of iptables in table {table} would come back as rules of nft: {why}"
+                )),
+            }
+        }
+        found
+    })
 }
 
 /// Runs a program of the host, by the first of its names that exists, in the network namespace of the
@@ -177,9 +212,14 @@ impl Filters {
 
     /// Restores them in the namespace of the calling thread.
     pub(super) fn restore(&self) -> Result<(), Problem> {
-        for ((_, _, _, restore), rules) in FAMILIES.iter().zip(&self.iptables) {
-            if let Some(rules) = rules {
-                run(restore, &["-w", "-c"], Some(rules)).map_err(Problem)?;
+        let families = FAMILIES.iter().zip(&xtables::FAMILIES);
+        for (((_, _, _, restore), family), rules) in families.zip(&self.iptables) {
+            let (older, newer) = xtables::parted(rules.as_deref().unwrap_or_default());
+            if !older.is_empty() {
+                run(restore, &["-w", "-c"], Some(older)).map_err(Problem)?;
+            }
+            if !newer.is_empty() {
+                run(&[family.restore], &["-w", "-c"], Some(newer)).map_err(Problem)?;
             }
         }
         if let Some(rules) = &self.nftables {

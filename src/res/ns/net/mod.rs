@@ -16,6 +16,7 @@ mod peers;
 mod routes;
 mod sysctl;
 mod tun;
+mod xtables;
 
 use std::{
     fmt::Display,
