@@ -35,6 +35,15 @@ done
 struct Container {
     dir: TempDir,
     name: String,
+    /// The cgroups [`pivots`] that were there before.
+    others: Vec<PathBuf>,
+}
+
+/// Returns the cgroups into which the monitors of LXC move when they end, and which they leave behind.
+fn pivots() -> Vec<PathBuf> {
+    let all = fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
+    let places = all.chain([PathBuf::from("/sys/fs/cgroup")]).map(|dir| dir.join("lxc.pivot"));
+    places.filter(|pivot| pivot.is_dir()).collect()
 }
 
 impl Container {
@@ -48,7 +57,7 @@ impl Container {
         // Names of containers are those of cgroups, too.
         let name = dir.path().file_name().unwrap().to_str().unwrap();
         let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
-        let container = Self { dir, name };
+        let container = Self { dir, name, others: pivots() };
         let root = container.root("");
         fs::create_dir_all(&root).unwrap();
         root_file_system(&root);
@@ -155,6 +164,13 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         self.lxc("lxc-stop", &["-k"]);
+        for pivot in pivots().iter().filter(|pivot| !self.others.contains(pivot)) {
+            // A monitor is in it for a moment.
+            let is_gone = || fs::remove_dir(pivot).is_ok() || !pivot.exists();
+            if !is_gone() && !std::thread::panicking() {
+                wait_for("the monitors to leave lxc.pivot", is_gone);
+            }
+        }
     }
 }
 
