@@ -6,7 +6,7 @@
 //! Meanwhile the pager reads all other pages, in parallel. When all are there, it ends.
 //!
 //! The kernel reports what else changes the memory: `fork`, `mremap`, `munmap`, `madvise`. The pager
-//! notes that before the process goes on ([`waiting`], [`space`]).
+//! notes that before the process goes on (`lazy/waiting.rs`, `lazy/space.rs`).
 //!
 //! # If the pager dies
 //!
