@@ -509,6 +509,9 @@ fn tests_of_machines_exist() {
         ("privileged_restored_from_a_mount_with_shared_memory", machines),
         ("privileged_shell_job", machines),
         ("privileged_failed_restore_leaves_no_process", machines),
+        // What the kernel of this machine may lack.
+        ("privileged_a_connection_with_tls_in_the_kernel_is_refused", &["6.12"]),
+        ("privileged_a_connection_with_signed_packets_is_refused", &["6.12"]),
         // What the processor of this machine may lack.
         ("privileged_memory_with_a_protection_key_is_refused", &["6.12-max"]),
         ("privileged_restored::registers_", &["6.12-max"]),
@@ -529,6 +532,9 @@ fn every_workload_is_tested() {
         &refused,
         &lost,
         &["udp_pending_error", "protection_keys", "local_descriptors", "aio_in_flight"],
+        &["tcp_tls", "tcp_authenticated", "tcp_multipath"],
+        // By tests/unpaused.rs.
+        &["ordered_writes", "passing_memory"],
     ]
     .concat();
     let tested = tested.into_iter();
@@ -892,6 +898,28 @@ fn privileged_an_error_of_a_udp_socket_stays_and_is_warned_of() {
     live.dump_running(&[]);
     let log = fs::read_to_string(live.images().join("dump.log")).unwrap();
     assert!(log.contains("has an unread error"), "{log}");
+    live.verdict();
+}
+
+#[test]
+fn privileged_a_connection_with_tls_in_the_kernel_is_refused() {
+    refused_connection("tcp_tls", "with the protocol tls in the kernel (TCP_ULP)");
+}
+
+#[test]
+fn privileged_a_connection_with_signed_packets_is_refused() {
+    refused_connection("tcp_authenticated", "with packets that are signed (TCP-AO)");
+}
+
+#[test]
+fn privileged_a_multipath_connection_is_refused() {
+    refused_connection("tcp_multipath", "the multipath TCP socket [");
+}
+
+fn refused_connection(name: &str, what: &str) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    refused_with(&mut live, &["--tcp-established"], what);
     live.verdict();
 }
 

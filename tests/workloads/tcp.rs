@@ -8,7 +8,9 @@ use std::{
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, gettid, read_some, same, wait_blocked, wait_until, write_all},
+    kit::{
+        Checkpoint, Verdict, gettid, lacks, read_some, same, wait_blocked, wait_until, write_all,
+    },
     socket_ends::{arrives, tcp_state},
     sockets::{Address, option, own_port, receive, set_option, socket},
 };
@@ -23,10 +25,23 @@ pub const ROWS: &[Row] = &[
     ("tcp_urgent_alone", tcp_urgent_alone),
     ("tcp_urgent_unsent", tcp_urgent_unsent),
     ("tcp_options", tcp_options),
+    ("tcp_tls", tcp_tls),
+    ("tcp_authenticated", tcp_authenticated),
+    ("tcp_multipath", tcp_multipath),
 ];
 
 /// `asm-generic/sockios.h`.
 const SIOCATMARK: libc::c_ulong = 0x8905;
+
+/// Options of `linux/tcp.h`.
+const TCP_AO_ADD_KEY: i32 = 38;
+
+/// `struct tcp_ao_add`, `linux/tcp.h`, since Linux 6.7: the places of what is not 0, and its size.
+const AO_ALGORITHM: usize = 128;
+const AO_PREFIX: usize = 202;
+const AO_KEY_BYTES: usize = 207;
+const AO_KEY: usize = 208;
+const AO_BYTES: usize = 288;
 
 /// States of connections (`net/tcp_states.h`).
 const ESTABLISHED: u8 = 1;
@@ -376,4 +391,50 @@ fn tcp_options(checkpoint: &Checkpoint) -> Verdict {
         got.extend(receive(accepted).ok().flatten().unwrap_or_default());
         got == b"corked and more"
     })
+}
+
+/// A protocol in the kernel lies between the program and its connection.
+fn tcp_tls(checkpoint: &Checkpoint) -> Verdict {
+    let [accepted, client] = pair()?;
+    let set = sys!(setsockopt(client, libc::SOL_TCP, libc::TCP_ULP, c"tls".as_ptr().cast(), 3));
+    if set.is_err() {
+        return lacks("TLS in the kernel (CONFIG_TLS, the module tls)");
+    }
+    checkpoint.wait();
+    write_all(client, b"without keys")?;
+    arrives(accepted, b"without keys")
+}
+
+/// Packets are signed with TCP-AO.
+fn tcp_authenticated(checkpoint: &Checkpoint) -> Verdict {
+    let mut key = [0_u8; AO_BYTES];
+    key[..2].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
+    key[4..8].copy_from_slice(&[127, 0, 0, 1]);
+    key[AO_ALGORITHM..][..10].copy_from_slice(b"hmac(sha1)");
+    (key[AO_PREFIX], key[AO_KEY_BYTES]) = (32, 6);
+    key[AO_KEY..][..6].copy_from_slice(b"secret");
+    let sign = |fd: i32| {
+        let len = AO_BYTES as libc::socklen_t;
+        sys!(setsockopt(fd, libc::SOL_TCP, TCP_AO_ADD_KEY, key.as_ptr().cast(), len))
+    };
+    let server = listener(0, 5)?;
+    if sign(server).is_err() {
+        return lacks("signatures of packets (CONFIG_TCP_AO, since Linux 6.7)");
+    }
+    let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    sign(client)?;
+    Address::ip4(own_port(0)).connect(client)?;
+    let accepted = accept(server)?;
+    checkpoint.wait();
+    write_all(client, b"signed")?;
+    arrives(accepted, b"signed")
+}
+
+fn tcp_multipath(checkpoint: &Checkpoint) -> Verdict {
+    let Ok(fd) = sys!(socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)) else {
+        return lacks("multipath TCP (CONFIG_MPTCP)");
+    };
+    Address::ip4(own_port(0)).bind(fd)?;
+    checkpoint.wait();
+    sys!(listen(fd, 1)).map(drop)
 }
