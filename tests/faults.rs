@@ -54,7 +54,7 @@ fn every_point_is_one_of_a_command() {
     // Those of a deduplication are for tests/link.rs and tests/dedup.rs, that of a mount for
     // tests/compose.rs, those of live dumps for tests/unpaused.rs, those of connections for
     // tests/connections.rs, those of terminals for tests/terminals.rs, those of a page server for
-    // tests/page_server.rs.
+    // tests/page_server.rs, that of a pager for tests/lazy.rs.
     let commands = [
         "dump-",
         "live-",
@@ -65,6 +65,7 @@ fn every_point_is_one_of_a_command() {
         "tcp-",
         "terminal-",
         "page-server-",
+        "pager-",
     ];
     let all = commands.map(|command| points(command).count());
     assert_eq!(all.iter().sum::<usize>(), Point::ALL.len());

@@ -123,9 +123,16 @@ mod tests {
     use std::{
         os::unix::process::ExitStatusExt,
         process::{Child, Command},
+        sync::{Mutex, MutexGuard, PoisonError},
     };
 
     use super::*;
+
+    /// Lets one test at a time have the highest descriptor.
+    fn alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     fn sleeper() -> (Child, HostPid) {
         let child = Command::new("sleep").arg("100").spawn().unwrap();
@@ -135,6 +142,7 @@ mod tests {
 
     #[test]
     fn the_end_of_the_writer_kills() {
+        let _alone = alone();
         let (mut child, pid) = sleeper();
         let mut handle = DeadMan::new().unwrap();
         handle.arm(pid).unwrap();
@@ -148,6 +156,7 @@ mod tests {
 
     #[test]
     fn processes_outlive_a_handle_that_is_disarmed() {
+        let _alone = alone();
         let (mut child, pid) = sleeper();
         let mut handle = DeadMan::new().unwrap();
         handle.arm(pid).unwrap();

@@ -95,7 +95,32 @@ pub fn below(tasks: &[Task]) -> Result<Below, (u32, String)> {
         }
         paths.push(path);
     }
+    check_children(tasks, &paths)?;
     Ok(below)
+}
+
+/// Checks the pid namespaces that the children of processes will be in: each has its first process in the
+/// tree, and is below that of the process itself.
+fn check_children(tasks: &[Task], paths: &[Vec<u32>]) -> Result<(), (u32, String)> {
+    for (task, path) in tasks.iter().zip(paths) {
+        let core = task.threads.first().and_then(|(_, core)| core.tc.as_ref());
+        let Some(first) = core.and_then(|core| core.rcriu_children_pid_ns) else { continue };
+        let is_first = |(other, below): (&Task, &Vec<u32>)| {
+            other.entry.pid == first
+                && other.body.is_some()
+                && other.entry.rcriu_pids.last() == Some(&FIRST)
+                && below.len() > path.len()
+                && below.starts_with(path)
+        };
+        if !tasks.iter().zip(paths).any(is_first) {
+            let what = format!(
+                "its children are to be in the pid namespace of process {first}, which is not the first one \
+                 of a namespace below that of the process"
+            );
+            return Err((task.entry.pid, what));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
