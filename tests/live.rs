@@ -511,7 +511,6 @@ fn tests_of_machines_exist() {
         ("privileged_failed_restore_leaves_no_process", machines),
         // What the kernel of this machine may lack.
         ("privileged_a_connection_with_tls_in_the_kernel_is_refused", &["6.12"]),
-        ("privileged_a_connection_with_signed_packets_is_refused", &["6.12"]),
         // What the processor of this machine may lack.
         ("privileged_memory_with_a_protection_key_is_refused", &["6.12-max"]),
         ("privileged_restored::registers_", &["6.12-max"]),

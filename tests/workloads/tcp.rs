@@ -230,6 +230,15 @@ fn send_urgent(fd: i32, byte: u8) -> Verdict {
     sys!(send(fd, (&raw const byte).cast(), 1, libc::MSG_OOB)).map(drop)
 }
 
+/// Waits for an urgent byte, and until the other end knows that all bytes have arrived.
+fn await_urgent(fd: i32, client: i32) -> Verdict {
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    wait_until("acknowledgements", || {
+        let mut bytes = 1_i32;
+        sys!(ioctl(client, libc::TIOCOUTQ, &raw mut bytes)).is_ok() && bytes == 0
+    })
+}
+
 /// Whether the next byte is at the mark.
 fn is_at_mark(fd: i32) -> Result<bool, String> {
     let mut is_there = 0_i32;
@@ -246,7 +255,7 @@ fn receive_urgent(fd: i32) -> Verdict {
 
 fn tcp_urgent(checkpoint: &Checkpoint) -> Verdict {
     let [fd, client] = urgent()?;
-    wait_until("the urgent byte", || has_urgent(fd))?;
+    await_urgent(fd, client)?;
     checkpoint.wait();
     receive_urgent(fd)?;
     arrives(fd, b"before")?;
@@ -263,7 +272,7 @@ fn tcp_urgent_read(checkpoint: &Checkpoint) -> Verdict {
     repeats(fd, 1, 1000)?;
     send_urgent(client, b'!')?;
     write_all(client, &[2; BYTES])?;
-    wait_until("the urgent byte", || has_urgent(fd))?;
+    await_urgent(fd, client)?;
     receive_urgent(fd)?;
     checkpoint.wait();
     repeats(fd, 1, BYTES - 1000)?;
@@ -276,7 +285,7 @@ fn tcp_urgent_read(checkpoint: &Checkpoint) -> Verdict {
 fn tcp_urgent_inline(checkpoint: &Checkpoint) -> Verdict {
     let [fd, client] = urgent()?;
     set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1)?;
-    wait_until("the urgent byte", || has_urgent(fd))?;
+    await_urgent(fd, client)?;
     checkpoint.wait();
     same("SO_OOBINLINE", 1, option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE)?)?;
     let mut bytes = [0; 64];
@@ -294,7 +303,7 @@ fn tcp_urgent_alone(checkpoint: &Checkpoint) -> Verdict {
     let [fd, client] = pair()?;
     write_all(client, b"before")?;
     send_urgent(client, b'!')?;
-    wait_until("the urgent byte", || has_urgent(fd))?;
+    await_urgent(fd, client)?;
     arrives(fd, b"before")?;
     checkpoint.wait();
     same("urgent data", true, has_urgent(fd))?;
