@@ -308,7 +308,12 @@ fn privileged_checkpoints_of_runc_in_a_chain_cost_what_has_changed() {
     let dir = directory();
     let (chain, file) = (dir.path().join("chain"), dir.path().join("criu.conf"));
     fs::write(&file, format!("chain {}\n", chain.display())).unwrap();
-    let command = format!("large=$(head -c {LARGE} /dev/zero | tr '\\0' x); {COUNT}");
+    // The process with the memory forks no more: a child would have all of it, too.
+    let command = format!(
+        "mkfifo /tmp/idle; \
+         (large=$(head -c {LARGE} /dev/zero | tr '\\0' x); exec 9<>/tmp/idle; : >/tmp/filled; read line <&9) & \
+         until [ -e /tmp/filled ]; do sleep 0.1; done; {COUNT}"
+    );
     let container = Container::start(&command, |config| {
         config["annotations"] = json!({ "org.criu.config": file });
     });

@@ -72,7 +72,7 @@ fn privileged_podman_checkpoints_exports_and_imports() {
 }
 
 /// A configuration file of runc makes each full checkpoint that Podman asks for incremental, and the last one
-/// is restored.
+/// is restored. The process with the memory forks no more: a child would have all of it, too.
 #[test]
 fn privileged_checkpoints_of_podman_in_a_chain_cost_what_has_changed() {
     let told = podman(
@@ -80,7 +80,8 @@ fn privileged_checkpoints_of_podman_in_a_chain_cost_what_has_changed() {
          on() { until n=$(reached $1); [ -n "$n" ]; do sleep 0.1; done; sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
          echo "chain $PWD/chain" >runc.conf
          $P run -d --name one --network none --annotation org.criu.config=$PWD/runc.conf rcriu-test:1 sh -c \
-             "large=\$(head -c 20000000 /dev/zero | tr '\\0' x); i=0; while true; do i=\$((i+1)); echo \$i; sleep 0.2; done" >/dev/null
+             "mkfifo /tmp/idle; (large=\$(head -c 20000000 /dev/zero | tr '\\0' x); exec 9<>/tmp/idle; : >/tmp/filled; read line <&9) & \
+              until [ -e /tmp/filled ]; do sleep 0.1; done; i=0; while true; do i=\$((i+1)); echo \$i; sleep 0.2; done" >/dev/null
          on one 0
          for number in 1 2 3 4 5; do
              $P container checkpoint -R one >/dev/null

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 
 /// The commands of busybox that the containers use.
 const COMMANDS: &[&str] =
-    &["sh", "sort", "sleep", "cat", "ps", "nc", "ip", "head", "tr", "cut", "grep", "ls"];
+    &["sh", "sort", "sleep", "cat", "ps", "nc", "ip", "head", "tr", "cut", "grep", "ls", "mkfifo"];
 
 /// Makes a root file system of busybox.
 pub fn root_file_system(at: &Path) {
