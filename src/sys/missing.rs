@@ -12,7 +12,7 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::userfaultfd::{Api, Register, UFFD_API, UFFDIO_API, UFFDIO_REGISTER, iowr};
+use super::userfaultfd::{self, iowr};
 
 /// The flags to create a descriptor with. Without `UFFD_USER_MODE_ONLY`, faults of system calls wait,
 /// too, which needs `CAP_SYS_PTRACE`.
@@ -105,10 +105,7 @@ impl MissingPages {
     /// # Errors
     /// `EPERM` if this process lacks `CAP_SYS_PTRACE`.
     pub fn set_up(fd: OwnedFd) -> nix::Result<Self> {
-        let mut api = Api { api: UFFD_API, features: FEATURES, ioctls: 0 };
-        // SAFETY: the structure has the size that the number says and outlives the call.
-        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-        Errno::result(result)?;
+        userfaultfd::set_up(fd.as_fd(), FEATURES)?;
         Ok(Self { fd })
     }
 
@@ -122,13 +119,7 @@ impl MissingPages {
     /// # Errors
     /// `EBUSY` if part of it is registered with another descriptor; `EINVAL` for other memory.
     pub fn register(&self, range: &Range<u64>) -> nix::Result<()> {
-        let len = range.end - range.start;
-        let mut register =
-            Register { start: range.start, len, mode: REGISTER_MODE_MISSING, ioctls: 0 };
-        // SAFETY: as above. That threads of the process wait from now on is what the caller wants.
-        let result =
-            unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
-        Errno::result(result).map(drop)
+        userfaultfd::register(self.fd.as_fd(), (range.start, range.end), REGISTER_MODE_MISSING)
     }
 
     /// Supplies pages from `address` on, and wakes the threads that wait for them. Returns how many

@@ -5,7 +5,7 @@
 //! it may register ranges of that memory.
 #![expect(unsafe_code, reason = "ioctls of userfaultfd")]
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::{errno::Errno, libc};
 
@@ -19,7 +19,7 @@ use crate::units::RemoteAddr;
 pub const MAKE_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
 
 /// `UFFD_API` (`linux/userfaultfd.h`).
-pub(super) const UFFD_API: u64 = 0xaa;
+const UFFD_API: u64 = 0xaa;
 
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` (Linux 5.19), `UFFD_FEATURE_WP_UNPOPULATED`
 /// (Linux 6.4) and `UFFD_FEATURE_WP_ASYNC` (Linux 6.7).
@@ -30,29 +30,29 @@ const REGISTER_MODE_WP: u64 = 1 << 1;
 
 /// `struct uffdio_api` (`linux/userfaultfd.h`).
 #[repr(C)]
-pub(super) struct Api {
-    pub(super) api: u64,
-    pub(super) features: u64,
-    pub(super) ioctls: u64,
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
 }
 
 const _: () = assert!(size_of::<Api>() == 24);
 
 /// `struct uffdio_register` (`linux/userfaultfd.h`).
 #[repr(C)]
-pub(super) struct Register {
-    pub(super) start: u64,
-    pub(super) len: u64,
-    pub(super) mode: u64,
-    pub(super) ioctls: u64,
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
 }
 
 const _: () = assert!(size_of::<Register>() == 32);
 
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`.
-pub(super) const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
 /// `_IOWR(0xaa, 0x00, struct uffdio_register)`.
-pub(super) const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
 
 /// Returns the number of an ioctl that reads and writes a structure of `bytes`
 /// (`asm-generic/ioctl.h`).
@@ -62,6 +62,23 @@ pub(super) const fn iowr(number: u8, bytes: usize) -> libc::Ioctl {
 
 const _: () = assert!(UFFDIO_API == iowr(0x3f, size_of::<Api>()));
 const _: () = assert!(UFFDIO_REGISTER == iowr(0x00, size_of::<Register>()));
+
+/// Sets up a new descriptor with these features.
+pub(super) fn set_up(fd: BorrowedFd, features: u64) -> nix::Result<()> {
+    let mut api = Api { api: UFFD_API, features, ioctls: 0 };
+    // SAFETY: the structure has the size that the number says and outlives the call.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+    Errno::result(result).map(drop)
+}
+
+/// Registers `[start, end)`. Threads of the process may wait for the descriptor's holder from now on, as
+/// the mode and the features say.
+pub(super) fn register(fd: BorrowedFd, (start, end): (u64, u64), mode: u64) -> nix::Result<()> {
+    let mut range = Register { start, len: end - start, mode, ioctls: 0 };
+    // SAFETY: as above; the call changes no bytes of the memory.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) };
+    Errno::result(result).map(drop)
+}
 
 /// A descriptor with asynchronous write protection.
 #[derive(Debug)]
@@ -75,11 +92,7 @@ impl WriteProtect {
     /// # Errors
     /// `EINVAL` if the kernel does not support asynchronous write protection (before Linux 6.7).
     pub fn set_up(fd: OwnedFd) -> nix::Result<Self> {
-        let mut api = Api { api: UFFD_API, features: FEATURES, ioctls: 0 };
-        // SAFETY: the structure has the size that the number says and outlives the
-        // call.
-        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-        Errno::result(result)?;
+        set_up(fd.as_fd(), FEATURES)?;
         Ok(Self { fd })
     }
 
@@ -95,16 +108,13 @@ impl WriteProtect {
     /// `EBUSY` if part of it is registered with another descriptor; `ENOMEM` if the memory no longer
     /// exists, as after `execve(2)`; `EINVAL` for ranges without mappings.
     pub fn register(&self, start: RemoteAddr, end: RemoteAddr) -> nix::Result<()> {
-        let len = end.0 - start.0;
-        let mut range = Register { start: start.0, len, mode: REGISTER_MODE_WP, ioctls: 0 };
-        // SAFETY: as above. With asynchronous protection, no thread ever waits for this process.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) };
-        Errno::result(result).map(drop)
+        // With asynchronous protection, no thread ever waits for this process.
+        register(self.fd.as_fd(), (start.0, end.0), REGISTER_MODE_WP)
     }
 }
 
 impl AsFd for WriteProtect {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
