@@ -111,18 +111,21 @@ pub(in crate::res::ns) fn table(pid: HostPid) -> Result<Vec<Mount>> {
 
 /// Returns the numbers of the mounts of a namespace, that of the root first.
 pub(in crate::res::ns) fn ids(mounts: Vec<Mount>) -> impl Iterator<Item = i32> {
+    let (roots, rest) = roots(mounts);
+    roots.into_iter().chain(rest).map(|mount| mount.id)
+}
+
+/// Tells the roots of a table of mounts from the others.
+fn roots(mounts: Vec<Mount>) -> (Vec<Mount>, Vec<Mount>) {
     let known: HashSet<i32> = mounts.iter().map(|mount| mount.id).collect();
     let is_root = |mount: &Mount| !known.contains(&mount.parent) || mount.parent == mount.id;
-    let (roots, rest): (Vec<_>, Vec<_>) = mounts.into_iter().partition(is_root);
-    roots.into_iter().chain(rest).map(|mount| mount.id)
+    mounts.into_iter().partition(is_root)
 }
 
 /// Orders mounts: the root first, each after the one on which it is mounted. Leaves out those that
 /// the user does not want.
 fn ordered(pid: HostPid, mounts: Vec<Mount>, options: &Options) -> Result<Vec<Mount>> {
-    let known: HashSet<i32> = mounts.iter().map(|mount| mount.id).collect();
-    let is_root = |mount: &Mount| !known.contains(&mount.parent) || mount.parent == mount.id;
-    let (roots, mut rest): (Vec<_>, Vec<_>) = mounts.into_iter().partition(is_root);
+    let (roots, mut rest) = roots(mounts);
     let [root] = roots.as_slice() else {
         return Err(ResError::Refused {
             pid,
