@@ -28,10 +28,15 @@ const FRAGMENT_BYTES: usize = 16;
 const KNOWN_BYTES: usize = 256;
 const OWN_BYTES: usize = 16 << 10;
 
+/// Returns the `struct socket` of a socket.
+pub(super) fn socket(kernel: &mut Kernel, fd: BorrowedFd) -> KernelResult<KernelAddr> {
+    let file = kernel.file(fd)?;
+    kernel.pointer(file, "file", "private_data")
+}
+
 /// Returns the `struct sock` of a socket.
 pub(super) fn sock(kernel: &mut Kernel, fd: BorrowedFd) -> KernelResult<KernelAddr> {
-    let file = kernel.file(fd)?;
-    let socket = kernel.pointer(file, "file", "private_data")?;
+    let socket = socket(kernel, fd)?;
     kernel.pointer(socket, "socket", "sk")
 }
 

@@ -24,7 +24,7 @@ use nix::{
 
 use crate::{
     res::{
-        file::sock::opts,
+        file::sock::{opts, skb},
         kernel::{Kernel, KernelResult},
     },
     sys::{fds, socket},
@@ -50,8 +50,7 @@ const SS_CONNECTED: u32 = 3;
 /// Reads the pending error of a TCP socket in the memory of the kernel, where it stays; the second
 /// value is the state of its `struct socket`. No call returns the error without clearing it.
 pub(super) fn read_error(kernel: &mut Kernel, fd: BorrowedFd) -> KernelResult<(u32, u32)> {
-    let file = kernel.file(fd)?;
-    let socket = kernel.pointer(file, "file", "private_data")?;
+    let socket = skb::socket(kernel, fd)?;
     let sock = kernel.pointer(socket, "socket", "sk")?;
     Ok((kernel.word(sock, "sock", "sk_err")?, kernel.word(socket, "socket", "state")?))
 }
