@@ -8,7 +8,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::{Problem, read_raw, warn, write_raw, wrong, xtables};
+use super::{
+    Problem, read_raw, warn, write_raw, wrong,
+    xtables::{self, FAMILIES},
+};
 use crate::{
     image::{ImageStore, Kind, SnapshotWriter},
     res::{
@@ -34,22 +37,6 @@ const CONNECTIONS: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 
 /// The size of `struct nfgenmsg`.
 const FIXED_BYTES: usize = 4;
-
-/// The tables of iptables in use, and the programs for them, which may have the second name only.
-const FAMILIES: [(Kind, &str, [&str; 2], [&str; 2]); 2] = [
-    (
-        Kind::Iptables,
-        "ip_tables_names",
-        ["iptables-legacy-save", "iptables-save"],
-        ["iptables-legacy-restore", "iptables-restore"],
-    ),
-    (
-        Kind::Ip6tables,
-        "ip6_tables_names",
-        ["ip6tables-legacy-save", "ip6tables-save"],
-        ["ip6tables-legacy-restore", "ip6tables-restore"],
-    ),
-];
 
 /// Writes the images. The calling thread is in the namespace, and so is process `pid`.
 ///
@@ -78,15 +65,16 @@ pub(super) fn dump(images: &SnapshotWriter, number: u32, pid: HostPid) -> Result
             write_raw(images, Kind::Nftables, number, rules.as_bytes())?;
         }
     }
-    for ((kind, tables, save, _), newer) in FAMILIES.into_iter().zip(newer) {
-        let tables = std::fs::read(format!("/proc/{pid}/net/{tables}")).unwrap_or_default();
+    for (family, newer) in FAMILIES.iter().zip(newer) {
+        let tables = format!("/proc/{pid}/net/{}", family.tables);
+        let tables = std::fs::read(tables).unwrap_or_default();
         let older = match tables.is_empty() {
             true => Vec::new(),
-            false => run(&save, &["-c"], None).map_err(failed)?,
+            false => run(&family.older_save, &["-c"], None).map_err(failed)?,
         };
         let rules = xtables::joined(&older, &newer);
         if !rules.is_empty() {
-            write_raw(images, kind, number, &rules)?;
+            write_raw(images, family.kind, number, &rules)?;
         }
     }
     // To list connections, the kernel looks at those of all namespaces.
@@ -111,7 +99,7 @@ pub(super) fn dump(images: &SnapshotWriter, number: u32, pid: HostPid) -> Result
 /// Tables that iptables cannot read stay.
 fn of_iptables(talk: &mut Talk, rules: &mut String) -> [String; 2] {
     let tables = xtables::tables(talk);
-    xtables::FAMILIES.each_ref().map(|family| {
+    FAMILIES.each_ref().map(|family| {
         let mut found = String::new();
         for table in xtables::of(&tables, family) {
             let mut others = rules.clone();
@@ -212,11 +200,10 @@ impl Filters {
 
     /// Restores them in the namespace of the calling thread.
     pub(super) fn restore(&self) -> Result<(), Problem> {
-        let families = FAMILIES.iter().zip(&xtables::FAMILIES);
-        for (((_, _, _, restore), family), rules) in families.zip(&self.iptables) {
+        for (family, rules) in FAMILIES.iter().zip(&self.iptables) {
             let (older, newer) = xtables::parted(rules.as_deref().unwrap_or_default());
             if !older.is_empty() {
-                run(restore, &["-w", "-c"], Some(older)).map_err(Problem)?;
+                run(&family.older_restore, &["-w", "-c"], Some(older)).map_err(Problem)?;
             }
             if !newer.is_empty() {
                 run(&[family.restore], &["-w", "-c"], Some(newer)).map_err(Problem)?;

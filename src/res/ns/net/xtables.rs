@@ -1,4 +1,4 @@
-//! Tables of nftables that iptables-nft has written.
+//! The programs of iptables, and tables of nftables that iptables-nft has written.
 //!
 //! In their rules the kernel runs matches and targets of iptables. nft(8) shows some of these as expressions of
 //! its own, which iptables does not recognize afterwards, and cannot write the others. So iptables-nft reads and
@@ -6,7 +6,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::res::netlink::{Attributes, Body, Message, Talk, text};
+use crate::{
+    image::Kind,
+    res::netlink::{Attributes, Body, Message, Talk, text},
+};
 
 /// The line behind which the rules of iptables-nft are in an image; to iptables it is a comment.
 const MARK: &str = "# iptables-nft\n";
@@ -27,22 +30,42 @@ const FOREIGN: [&[u8]; 2] = [b"match", b"target"];
 /// The size of `struct nfgenmsg`, whose first byte is the family.
 const FIXED_BYTES: usize = 4;
 
-/// A family whose tables iptables-nft can have.
+/// A family of packets that iptables filters.
 #[derive(Debug)]
 pub(super) struct Family {
     /// `NFPROTO_IPV4`, `NFPROTO_IPV6` (`linux/netfilter.h`).
     number: u8,
     /// Its name in rules of nft.
     word: &'static str,
+    pub(super) kind: Kind,
+    /// The file in `/proc/PID/net` with the tables of the older iptables that are in use.
+    pub(super) tables: &'static str,
+    /// The programs of the older iptables, which may have the second name only.
+    pub(super) older_save: [&'static str; 2],
+    pub(super) older_restore: [&'static str; 2],
+    /// Those of iptables-nft.
     pub(super) save: &'static str,
     pub(super) restore: &'static str,
 }
 
 pub(super) const FAMILIES: [Family; 2] = [
-    Family { number: 2, word: "ip", save: "iptables-nft-save", restore: "iptables-nft-restore" },
+    Family {
+        number: 2,
+        word: "ip",
+        kind: Kind::Iptables,
+        tables: "ip_tables_names",
+        older_save: ["iptables-legacy-save", "iptables-save"],
+        older_restore: ["iptables-legacy-restore", "iptables-restore"],
+        save: "iptables-nft-save",
+        restore: "iptables-nft-restore",
+    },
     Family {
         number: 10,
         word: "ip6",
+        kind: Kind::Ip6tables,
+        tables: "ip6_tables_names",
+        older_save: ["ip6tables-legacy-save", "ip6tables-save"],
+        older_restore: ["ip6tables-legacy-restore", "ip6tables-restore"],
         save: "ip6tables-nft-save",
         restore: "ip6tables-nft-restore",
     },
