@@ -132,11 +132,20 @@ enum Work {
     Cpuinfo(CpuinfoWork, PathBuf),
 }
 
+/// Reports an option that is refused.
+///
+/// # Errors
+/// The exit code, if there is one.
+fn require_supported(task: Task, given: &[Given]) -> Result<(), ExitCode> {
+    let Some(refusal) = refusal(task, given) else { return Ok(()) };
+    report(&anyhow::Error::msg(refusal));
+    Err(ExitCode::from(exit::FAILED))
+}
+
 /// Runs a command and returns the exit code.
 pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitCode {
-    if let Some(refusal) = refusal(task, given) {
-        report(&anyhow::Error::msg(refusal));
-        return ExitCode::from(exit::FAILED);
+    if let Err(code) = require_supported(task, given) {
+        return code;
     }
     let (placed, made) = match place_in_chain(task, args, given) {
         Ok(placed) => placed.map_or((None, None), |(args, made)| (Some(args), Some(made))),
@@ -432,10 +441,7 @@ pub(in crate::cli) fn service_options(
     args: &TaskArgs,
     given: &[Given],
 ) -> Result<ServiceOptions, ExitCode> {
-    if let Some(refusal) = refusal(Task::Service, given) {
-        report(&anyhow::Error::msg(refusal));
-        return Err(ExitCode::from(exit::FAILED));
-    }
+    require_supported(Task::Service, given)?;
     convert::check_operands(args, false).map_err(|error| usage(error.into()))?;
     close(args);
     Ok(ServiceOptions {
@@ -468,10 +474,7 @@ pub(in crate::cli) fn page_server_options(
     args: &TaskArgs,
     given: &[Given],
 ) -> Result<PageServerOptions, ExitCode> {
-    if let Some(refusal) = refusal(Task::PageServer, given) {
-        report(&anyhow::Error::msg(refusal));
-        return Err(ExitCode::from(exit::FAILED));
-    }
+    require_supported(Task::PageServer, given)?;
     let server = convert::page_server_options(args).map_err(|error| usage(error.into()))?;
     close(args);
     let pidfile = args.tree.pidfile.as_ref();
